@@ -1,0 +1,56 @@
+"""What a backend is: a rule table, array conversion, and which of the two pipelines its programs go through."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from smedjan.checkpoint.raw import RawTensor
+from smedjan.graph.lowering import RuleTable
+from smedjan.graph.node import Graph
+from smedjan.graph.program import Program
+
+Array = Any
+
+
+class Backend(ABC):
+    """`exact` backends decompose before they differentiate and give transformers' bits; fast ones keep fused ops."""
+
+    name: str
+    exact: bool
+    rules: RuleTable
+    device: str = "cpu"
+
+    @abstractmethod
+    def from_raw(self, raw: RawTensor) -> Array:
+        """An array with the bytes of `raw`; never a view of them."""
+
+    @abstractmethod
+    def to_raw(self, array: Array) -> RawTensor:
+        """The array's bytes, on the host. Waits for the device."""
+
+    @abstractmethod
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Array: ...
+
+    @abstractmethod
+    def synchronize(self, arrays: Mapping[str, Array]) -> None:
+        """Returns when the arrays are computed: for timing and for a bounded queue."""
+
+    def scalar(self, value: float) -> Any:
+        """A host scalar as lowerings expect it (learning rate, step, cache position)."""
+        return value
+
+    def program(self, graph: Graph) -> Program:
+        """Lowers a finished graph; a backend may return a compiled subclass."""
+        return Program(graph, self.rules)
+
+    def peak_memory(self) -> int:
+        """Peak resident or device bytes of this process so far."""
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def versions(self) -> dict[str, str]:
+        """Versions of the libraries that compute."""
+        return {}

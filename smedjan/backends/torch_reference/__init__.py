@@ -1,0 +1,59 @@
+"""The exact backend: the aten calls of `transformers`, in its order and dtypes. The oracle of every other backend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from smedjan.backends.base import Backend
+from smedjan.backends.torch_reference import (  # noqa: F401  (each fills RULES)
+    attention,
+    cache,
+    elementwise,
+    embedding,
+    linear,
+    loss,
+    norm,
+    optimizer,
+    random,
+    rope,
+)
+from smedjan.backends.torch_reference.elementwise import DTYPES, NAMES
+from smedjan.backends.torch_reference.table import RULES
+from smedjan.checkpoint.raw import RawTensor
+
+
+class TorchBackend(Backend):
+    """Torch arrays: what the exact, the cpu_native and the Triton backend share."""
+
+    def from_raw(self, raw: RawTensor) -> torch.Tensor:
+        if raw.numel == 0:
+            return torch.empty(raw.shape, dtype=DTYPES[raw.dtype], device=self.device)
+        flat = torch.frombuffer(bytearray(raw.data), dtype=DTYPES[raw.dtype])
+        return flat.reshape(raw.shape).to(self.device)
+
+    def to_raw(self, array: torch.Tensor) -> RawTensor:
+        host = array.detach().to("cpu").contiguous()
+        data = memoryview(host.reshape(-1).view(torch.uint8).numpy()) if host.numel() else memoryview(b"")
+        return RawTensor(dtype=NAMES[host.dtype], shape=tuple(host.shape), data=data.cast("B"))
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        return torch.zeros(shape, dtype=DTYPES[dtype], device=self.device)
+
+    def synchronize(self, arrays: Mapping[str, torch.Tensor]) -> None:
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+
+    def versions(self) -> dict[str, str]:
+        return {"torch": torch.__version__}
+
+
+class TorchReference(TorchBackend):
+    name = "torch_reference"
+    exact = True
+    rules = RULES
+
+
+def backend() -> TorchReference:
+    return TorchReference()

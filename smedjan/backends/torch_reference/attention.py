@@ -1,0 +1,117 @@
+"""Attention as transformers asks torch for it, with its backward called by name."""
+
+from __future__ import annotations
+
+import torch
+
+from smedjan.backends.torch_reference.elementwise import DTYPES
+from smedjan.backends.torch_reference.table import RULES
+
+FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+@RULES.rule("split_heads")
+def split_heads(x, *, heads):
+    return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
+
+
+@RULES.rule("split_heads_bwd")
+def split_heads_bwd(dy):
+    return dy.transpose(1, 2).reshape(dy.shape[0], dy.shape[2], -1)
+
+
+@RULES.rule("merge_heads")
+def merge_heads(x):
+    return x.transpose(1, 2).contiguous().reshape(x.shape[0], x.shape[2], -1)
+
+
+@RULES.rule("merge_heads_bwd")
+def merge_heads_bwd(dy, *, heads):
+    return dy.reshape(*dy.shape[:2], heads, -1).transpose(1, 2)
+
+
+@RULES.rule("repeat_kv")
+def repeat_kv(x, *, times):
+    batch, heads, seq, dim = x.shape
+    return x[:, :, None].expand(batch, heads, times, seq, dim).reshape(batch, heads * times, seq, dim)
+
+
+@RULES.rule("repeat_kv_bwd")
+def repeat_kv_bwd(dy, *, times):
+    batch, heads, seq, dim = dy.shape
+    return dy.reshape(batch, heads // times, times, seq, dim).sum(2, keepdim=True).squeeze(2)
+
+
+@RULES.rule("contiguous")
+def contiguous(x):
+    return x.contiguous()
+
+
+@RULES.rule("causal_mask")
+def causal_mask(like, *, keys):
+    seq = like.shape[1]
+    return torch.ones(1, 1, seq, seq, dtype=torch.bool, device=like.device).tril()
+
+
+@RULES.rule("padding_mask")
+def padding_mask(attention_mask, *, queries):
+    batch, keys = attention_mask.shape
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=attention_mask.device).tril(keys - queries)
+    return (causal & attention_mask.to(torch.bool)[:, None, None, :]).expand(batch, 1, queries, keys)
+
+
+@RULES.rule("document_mask")
+def document_mask(segment_ids):
+    seq = segment_ids.shape[1]
+    causal = torch.ones(seq, seq, dtype=torch.bool, device=segment_ids.device).tril()
+    return (causal & (segment_ids[:, :, None] == segment_ids[:, None, :]))[:, None]
+
+
+@RULES.rule("mask_to_bias")
+def mask_to_bias(mask, *, dtype):
+    torch_dtype = DTYPES[dtype]
+    zero = torch.zeros((), dtype=torch_dtype, device=mask.device)
+    return torch.where(mask, zero, torch.finfo(torch_dtype).min)
+
+
+@RULES.rule("softmax")
+def softmax(x):
+    return torch.softmax(x, -1)
+
+
+@RULES.rule("softmax_bwd")
+def softmax_bwd(dy, y):
+    return torch.ops.aten._softmax_backward_data(dy, y, -1, y.dtype)
+
+
+def _float_mask(mask, dtype):
+    """sdpa turns a boolean mask into 0 and -inf of the query's dtype before its kernel."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), float("-inf"))
+
+
+@RULES.rule("sdpa", label="aten flash attention (CPU)", supports=lambda node: node.inputs[0].shape[2] > 1)
+def sdpa(q, k, v, mask, *, causal, scale):
+    return FORWARD(q, k, v, 0.0, causal, attn_mask=_float_mask(mask, q.dtype), scale=scale)
+
+
+@RULES.rule("sdpa_bwd", label="aten flash attention (CPU)")
+def sdpa_bwd(dy, q, k, v, mask, y, lse, *, causal, scale):
+    return BACKWARD(dy, q, k, v, y, lse, 0.0, causal, attn_mask=_float_mask(mask, q.dtype), scale=scale)
+
+
+@RULES.rule("sdpa", label="torch.nn.functional.scaled_dot_product_attention", supports=lambda n: n.inputs[0].shape[2] == 1)
+def sdpa_decode(q, k, v, mask, *, causal, scale):
+    """One query: transformers packs the query heads of a group into rows where a mask is given. No lse: no gradient."""
+    times = q.shape[1] // k.shape[1]
+    if times > 1 and mask is not None:
+        batch, heads, _, dim = q.shape
+        packed = q.reshape(batch, heads // times, times, dim)
+        y = torch.nn.functional.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=scale)
+        return y.reshape(batch, heads, 1, dim), None
+    y = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scale, is_causal=False, enable_gqa=times > 1
+    )
+    return y, None

@@ -1,0 +1,7 @@
+"""The exact backend's rule table. Modules of this package fill it; `smedjan.backends.torch_reference` loads them all."""
+
+from __future__ import annotations
+
+from smedjan.graph.lowering import RuleTable
+
+RULES = RuleTable("aten")

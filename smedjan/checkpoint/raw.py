@@ -1,0 +1,136 @@
+"""RawTensor: bytes with a dtype and a shape, the only form in which arrays cross between backends.
+
+numpy has no bfloat16, so nothing here goes through numpy: a backend wraps `data` in its own array type in `from_raw`
+and gives its bytes back in `to_raw`. Little-endian, C order. LazyTensors is a set of them that is read on demand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+ITEMSIZE: dict[str, int] = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int64": 8,
+    "uint64": 8,
+    "int32": 4,
+    "uint32": 4,
+    "int16": 2,
+    "uint16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+"""Bytes an element, by dtype name (the names torch and numpy use)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """A tensor without its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawTensor:
+    """`data` holds prod(shape) elements of `dtype`. It may be a view of a mapped file: never write to it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+    def __post_init__(self) -> None:
+        assert self.dtype in ITEMSIZE, f"unknown dtype {self.dtype!r}"
+        assert self.data.nbytes == self.nbytes, f"{self.data.nbytes} bytes for {self.dtype}{list(self.shape)}"
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * ITEMSIZE[self.dtype]
+
+    @property
+    def spec(self) -> TensorSpec:
+        return TensorSpec(dtype=self.dtype, shape=self.shape)
+
+    @classmethod
+    def of(cls, array: object, dtype: str | None = None) -> RawTensor:
+        """From anything with the buffer protocol and a C-contiguous layout (numpy, array.array, bytes with a dtype).
+
+        `dtype` renames the elements, which must have its size: uint16 bit patterns become bfloat16.
+        """
+        view = memoryview(array)  # type: ignore[arg-type]
+        shape = tuple(view.shape or ())
+        name = dtype or _FORMATS[view.format]
+        assert view.itemsize == ITEMSIZE[name], f"elements of {view.itemsize} bytes as {name}"
+        # An empty view cannot be cast.
+        return cls(dtype=name, shape=shape, data=view.cast("B") if view.ndim and view.nbytes else view)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LazyTensor:
+    """A tensor that `load` reads when asked; `file` is where it comes from, for messages."""
+
+    spec: TensorSpec
+    load: Callable[[], RawTensor]
+    file: Path
+
+
+class LazyTensors(Mapping[str, RawTensor]):
+    """Tensors whose dtypes and shapes are known before their bytes, which are read (and dropped) one at a time."""
+
+    def __init__(self, entries: Mapping[str, LazyTensor]) -> None:
+        self.entries = dict(entries)
+
+    def __getitem__(self, name: str) -> RawTensor:
+        entry = self.entries[name]
+        tensor = entry.load()
+        assert tensor.spec == entry.spec, f"{name}: {tensor.spec} is not {entry.spec}"
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def specs_of(tensors: Mapping[str, RawTensor]) -> dict[str, TensorSpec]:
+    """The spec of each tensor, without reading lazy ones."""
+    if isinstance(tensors, LazyTensors):
+        return {name: entry.spec for name, entry in tensors.entries.items()}
+    return {name: tensor.spec for name, tensor in tensors.items()}
+
+
+_FORMATS = {
+    "d": "float64",
+    "f": "float32",
+    "e": "float16",
+    "q": "int64",
+    "l": "int64",
+    "Q": "uint64",
+    "L": "uint64",
+    "i": "int32",
+    "I": "uint32",
+    "h": "int16",
+    "H": "uint16",
+    "b": "int8",
+    "B": "uint8",
+    "?": "bool",
+}

@@ -1,0 +1,95 @@
+"""Low-rank adapters (Hu et al. 2022, eq. 3) as a graph pass: y = W x + s B A dropout(x), s = alpha / rank.
+
+The base product is emitted before the adapter's, as PEFT computes it: creation order is what makes the gradients equal
+to the bit. Adapters are float32 beside weights of any dtype; x is widened for them and the sum is rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from smedjan.graph.node import INPUT, Graph, Node
+from smedjan.graph.rewrite import Replay
+from smedjan.graph.tensor import Tensor
+from smedjan.ops.elementwise import add, cast, scale
+from smedjan.ops.linear import linear
+from smedjan.ops.random import dropout
+
+DTYPE = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """rank r, alpha, dropout p, and the last parts of the names of the modules that get an adapter."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+    def matches(self, module: str) -> bool:
+        """PEFT's rule for a list: the module's name is a target or ends in `.target`."""
+        return any(module == target or module.endswith(f".{target}") for target in self.targets)
+
+    def shapes(self, parameters: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Adapter parameters by PEFT's names, in module order: A [r, in], B [out, r] for each target."""
+        found: dict[str, tuple[int, ...]] = {}
+        for name, shape in parameters.items():
+            module = name.removesuffix(".weight")
+            if name.endswith(".weight") and len(shape) == 2 and self.matches(module):
+                found[a_name(module)] = (self.rank, shape[1])
+                found[b_name(module)] = (shape[0], self.rank)
+        return found
+
+
+def a_name(module: str) -> str:
+    return f"base_model.model.{module}.lora_A.weight"
+
+
+def b_name(module: str) -> str:
+    return f"base_model.model.{module}.lora_B.weight"
+
+
+class _Adapt(Replay):
+    def __init__(self, source: Graph, lora: Lora) -> None:
+        super().__init__(source)
+        self.lora = lora
+        self.sites = 0
+
+    def visit(self, node: Node) -> None:
+        module = _module(node)
+        if module is None or not self.lora.matches(module):
+            self.copy(node)
+            return
+        lora = self.lora
+        x, weight, bias = self.inputs(node)
+        assert x is not None and weight is not None
+        base = linear(x, weight, bias)
+        a = self.graph.input(a_name(module), (lora.rank, weight.shape[1]), DTYPE)
+        b = self.graph.input(b_name(module), (weight.shape[0], lora.rank), DTYPE)
+        wide = cast(x, DTYPE)
+        if lora.dropout > 0:
+            wide = dropout(wide, self._key(), p=lora.dropout, site=self.sites)
+            self.sites += 1
+        low = scale(linear(linear(wide, a), b), factor=lora.scaling)
+        self.map[node.outputs[0]] = cast(add(cast(base, DTYPE), low), base.dtype)
+
+    def _key(self) -> Tensor:
+        return self.graph.inputs.get("dropout_key") or self.graph.input("dropout_key", (4,), "int64")
+
+
+def _module(node: Node) -> str | None:
+    weight = node.inputs[1] if node.op is linear else None
+    if weight is None or weight.node.op is not INPUT:
+        return None
+    return str(weight.node.attrs["name"]).removesuffix(".weight")
+
+
+def adapt(graph: Graph, lora: Lora) -> Graph:
+    """The forward graph with an adapter beside every targeted linear; apply before `grad`."""
+    return _Adapt(graph, lora).run()

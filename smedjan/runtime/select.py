@@ -1,0 +1,53 @@
+"""Backends by name, imported only when chosen."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+
+from smedjan.backends.base import Backend
+from smedjan.errors import BackendError, nearest
+
+NEEDS = {
+    "torch_reference": "torch",
+    "cpu_native": "torch",
+    "cuda_triton": "triton",
+    "mlx_metal": "mlx",
+}
+INSTALL = {
+    "torch": "pip install torch",
+    "triton": "pip install 'smedjan[cuda]'",
+    "mlx": "pip install 'smedjan[mlx]'",
+}
+_made: dict[str, Backend] = {}
+
+
+def backend(name: str = "auto") -> Backend:
+    """The backend called `name`; "auto" is the fast one of this machine. A missing package is an error, never another backend."""
+    chosen = _automatic() if name == "auto" else name
+    if chosen not in NEEDS:
+        close = nearest(chosen, set(NEEDS))
+        raise BackendError(
+            f"unknown backend {chosen!r}",
+            field="backend",
+            remedy=f"{f'did you mean {close}? ' if close else ''}choose one of auto, {', '.join(NEEDS)}",
+        )
+    if chosen not in _made:
+        package = NEEDS[chosen]
+        if find_spec(package) is None:
+            raise BackendError(f"{chosen} needs the package {package}", field="backend", remedy=INSTALL[package])
+        _made[chosen] = import_module(f"smedjan.backends.{chosen}").backend()
+    return _made[chosen]
+
+
+def _automatic() -> str:
+    """MLX on Apple Silicon, Triton where torch sees an NVIDIA GPU, else the fast CPU backend."""
+    import platform
+
+    if platform.system() == "Darwin" and find_spec("mlx") is not None:
+        return "mlx_metal"
+    if find_spec("triton") is not None and find_spec("torch") is not None:
+        import_module("smedjan.backends.torch_reference")
+        if import_module("torch").cuda.is_available():
+            return "cuda_triton"
+    return "cpu_native"

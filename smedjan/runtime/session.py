@@ -1,0 +1,211 @@
+"""A model's live arrays on one backend, and the programs that run over them, cached by what they are bound to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from smedjan.backends.base import Array, Backend
+from smedjan.checkpoint.raw import RawTensor
+from smedjan.errors import ShapeError
+from smedjan.graph.grad import grad
+from smedjan.graph.node import Graph
+from smedjan.graph.program import Program
+from smedjan.graph.rewrite import cse, decompose, prune
+from smedjan.models import llama
+from smedjan.models.decoder import Decoder, Form
+from smedjan.models.llama import LlamaConfig
+from smedjan.passes.lora import Lora, adapt
+
+if TYPE_CHECKING:
+    from smedjan.data.collate import Batch
+
+ROW_BUCKET = 16
+"""Trained rows are rounded up to a multiple of this, so that few programs are built."""
+
+
+@dataclass
+class Session:
+    """`parameters` holds base weights by HF name and adapters by PEFT name; programs read them, the update writes them."""
+
+    backend: Backend
+    config: LlamaConfig
+    parameters: dict[str, Array]
+    dtype: str
+    attention: str = "sdpa"
+    lora: Lora | None = None
+
+    def __post_init__(self) -> None:
+        self._programs: dict[Any, Program] = {}
+
+    def host(self, array: Any, dtype: str) -> Array:
+        """A host array on the backend."""
+        kind = {"int64": np.int64, "float32": np.float32, "bool": np.bool_}[dtype]
+        made = np.asarray(array, dtype=kind, order="C")
+        return self.backend.from_raw(
+            RawTensor(dtype=dtype, shape=made.shape, data=memoryview(made.reshape(-1)).cast("B"))  # type: ignore[arg-type]
+            if made.size
+            else RawTensor(dtype=dtype, shape=made.shape, data=memoryview(b""))
+        )
+
+    def form(self, batch: Batch, **changes: Any) -> Form:
+        rows, seq = batch.input_ids.shape
+        return replace(
+            Form(
+                batch=rows,
+                seq=seq,
+                positions=len(common_positions(batch.position_ids)),
+                dtype=self.dtype,
+                kind=batch.kind,
+                attention=self.attention,
+            ),
+            **changes,
+        )
+
+    def forward(self, decoder: Decoder) -> Graph:
+        """The declared graph with adapters, decomposed already where the backend is exact."""
+        graph = decoder.graph if self.lora is None else adapt(decoder.graph, self.lora)
+        return decompose(graph, self.backend.rules.has) if self.backend.exact else graph
+
+    def finish(self, graph: Graph) -> Program:
+        """`cse` is safe on both kinds: equal pure nodes have equal bits."""
+        if not self.backend.exact:
+            graph = decompose(graph, self.backend.rules.has)
+        return self.backend.program(cse(prune(graph)))
+
+    def logits_program(self, form: Form) -> Program:
+        key = ("logits", form)
+        if key not in self._programs:
+            decoder = Decoder(self.config, form)
+            decoder.graph.output("logits", decoder.logits())
+            self._programs[key] = self.finish(self.forward(decoder))
+        return self._programs[key]
+
+    def micro_program(self, form: Form, wrt: Sequence[str], *, accumulate: bool = False) -> Program:
+        """loss and grad.NAME for each name; with `accumulate`, each is added to the input total of the same name."""
+        key = ("micro", form, tuple(wrt), accumulate)
+        if key not in self._programs:
+            decoder = Decoder(self.config, form)
+            names = {llama.tied(self.config).get(name, name) for name in wrt}
+            head = llama.tied(self.config).get(llama.HEAD, llama.HEAD)
+            grads = ("x" if names - {head} or head == llama.EMBEDDING else "") + ("w" if head in names else "")
+            decoder.graph.output("loss", decoder.loss(grads))
+            graph = self.forward(decoder)
+            self._differentiate(graph, wrt, accumulate)
+            self._programs[key] = self.finish(graph)
+        return self._programs[key]
+
+    def _differentiate(self, graph: Graph, wrt: Sequence[str], accumulate: bool) -> None:
+        from smedjan.ops.optimizer import accumulate as add_to
+
+        unknown = [name for name in wrt if name not in graph.inputs]
+        if unknown:
+            raise ShapeError(f"{unknown[0]!r} is no parameter of this model", field="wrt")
+        loss = graph.outputs["loss"]
+        for name, gradient in zip(wrt, grad(loss, [graph.inputs[name] for name in wrt]), strict=True):
+            assert gradient is not None, f"the loss does not depend on {name}"
+            if accumulate:
+                gradient = add_to(graph.input(f"total.{name}", gradient.shape, gradient.dtype), gradient)
+            graph.output(f"grad.{name}", gradient)
+
+    def batch_inputs(self, batch: Batch) -> dict[str, Array]:
+        made = {
+            "input_ids": self.host(batch.input_ids, "int64"),
+            "position_ids": self.host(common_positions(batch.position_ids), "int64"),
+        }
+        if batch.kind == "padded":
+            made["attention_mask"] = self.host(batch.attention_mask, "bool")
+        if batch.kind == "packed":
+            made["segment_ids"] = self.host(batch.segment_ids, "int64")
+        return made
+
+    def micro(
+        self,
+        batch: Batch,
+        wrt: Sequence[str],
+        *,
+        num_items: float,
+        totals: Mapping[str, Array] | None = None,
+        dropout_key: Sequence[int] = (0, 0, 0, 0),
+        observe: Any = None,
+    ) -> tuple[Array, dict[str, Array]]:
+        """Loss (a scalar on the device) and gradients by name, added to `totals` where given."""
+        labels, rows = batch.labels.reshape(-1), 0
+        inputs = {**self.parameters, **self.batch_inputs(batch)}
+        if not self.backend.exact:
+            chosen = bucket_rows(labels)
+            rows, labels = len(chosen), labels[chosen]
+            inputs["loss_rows"] = self.host(chosen, "int64")
+        inputs["labels"] = self.host(labels, "int64")
+        inputs["num_items"] = self.host(np.float32(num_items), "float32")
+        inputs["dropout_key"] = self.host(dropout_key, "int64")
+        inputs.update({f"total.{name}": array for name, array in (totals or {}).items()})
+        program = self.micro_program(self.form(batch, rows=rows), wrt, accumulate=totals is not None)
+        made = program(inputs, observe=observe) if observe else program(inputs)
+        return made["loss"], {name: made[f"grad.{name}"] for name in wrt}
+
+    def logits(self, batch: Batch, *, observe: Any = None) -> Array:
+        """[B, T, V] in the session's dtype."""
+        program = self.logits_program(self.form(batch))
+        inputs = {**self.parameters, **self.batch_inputs(batch)}
+        return (program(inputs, observe=observe) if observe else program(inputs))["logits"]
+
+
+def bucket_rows(labels: np.ndarray) -> np.ndarray:
+    """Indices of the trained rows, rounded up to a bucket with rows that are not trained (their label stays -100)."""
+    trained = np.flatnonzero(labels != -100)
+    wanted = min(len(labels), max(ROW_BUCKET, -(-len(trained) // ROW_BUCKET) * ROW_BUCKET))
+    spare = np.flatnonzero(labels == -100)[: wanted - len(trained)]
+    return np.concatenate([trained, spare]).astype(np.int64)
+
+
+def common_positions(position_ids: np.ndarray) -> np.ndarray:
+    """[1, T] where every row counts alike, else the [B, T] given."""
+    return position_ids[:1] if (position_ids == position_ids[:1]).all() else position_ids
+
+
+class Cache:
+    """Key/value caches of one generation: written in place, `length` tokens long."""
+
+    def __init__(self, session: Session, *, batch: int, capacity: int) -> None:
+        self.session, self.batch, self.capacity, self.length = session, batch, capacity, 0
+        config = session.config
+        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+        self.arrays: dict[str, Array] = {
+            f"cache.model.layers.{layer}.self_attn.{kind}": session.backend.zeros(shape, session.dtype)
+            for layer in range(config.num_hidden_layers)
+            for kind in "kv"
+        }
+
+    def feed(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None) -> Array:
+        """Logits [B, T, V] of the new tokens; `attention_mask` [B, length + T] covers old and new ones."""
+        session, ids = self.session, np.asarray(input_ids, dtype=np.int64)
+        seq, end = ids.shape[1], self.length + ids.shape[1]
+        assert end <= self.capacity, f"{end} tokens in a cache for {self.capacity}"
+        assert self.length == 0 or seq == 1 or attention_mask is not None, "a later block of tokens needs a mask"
+        padded = attention_mask is not None and not np.all(attention_mask)
+        if position_ids is None:
+            position_ids = np.arange(self.length, end)[None]
+        positions = common_positions(np.asarray(position_ids, dtype=np.int64))
+        form = Form(
+            batch=self.batch,
+            seq=seq,
+            positions=len(positions),
+            dtype=session.dtype,
+            kind="padded" if padded else "causal",
+            attention=session.attention,
+            capacity=self.capacity,
+        )
+        inputs = {**session.parameters, **self.arrays}
+        inputs["input_ids"] = session.host(ids, "int64")
+        inputs["position_ids"] = session.host(positions, "int64")
+        if padded:
+            inputs["attention_mask"] = session.host(attention_mask, "bool")
+        inputs["start"], inputs["end"] = self.length, end
+        made = session.logits_program(form)(inputs)
+        self.arrays = {name: made[name] for name in self.arrays}
+        self.length = end
+        return made["logits"]
