@@ -1,0 +1,103 @@
+"""The MLX backend: Apple GPUs through Metal, where programs are compiled, and MLX's CPU build elsewhere."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+
+from smedjan.backends.base import Backend
+from smedjan.backends.mlx_metal import (  # noqa: F401  (each fills RULES)
+    attention,
+    cache,
+    elementwise,
+    embedding,
+    glu,
+    linear,
+    loss,
+    norm,
+    optimizer,
+    random,
+    rope,
+)
+from smedjan.backends.mlx_metal.cache import HOST_INPUTS
+from smedjan.backends.mlx_metal.elementwise import DTYPES, NAMES
+from smedjan.backends.mlx_metal.table import RULES
+from smedjan.checkpoint.raw import RawTensor
+from smedjan.graph.lowering import RuleTable
+from smedjan.graph.node import Graph
+from smedjan.graph.program import Observer, Program
+
+
+class MlxProgram(Program):
+    """With `fuse`, compiled unless a host integer decides shapes (a cache's start, end): each value would retrace."""
+
+    def __init__(self, graph: Graph, rules: RuleTable, *, fuse: bool) -> None:
+        super().__init__(graph, rules)
+        hosts = {
+            call.node.inputs[HOST_INPUTS[call.node.op.name]] for call in self.calls if call.node.op.name in HOST_INPUTS
+        }
+        self._host_names = {name for name, tensor in graph.inputs.items() if tensor in hosts}
+        self._compiled = mx.compile(super().__call__) if fuse and not hosts else None
+
+    def __call__(self, inputs: Mapping[str, Any], *, observe: Observer | None = None) -> dict[str, mx.array]:
+        bound = {name: inputs[name] if name in self._host_names else _array(inputs[name]) for name in self.graph.inputs}
+        if observe is not None or self._compiled is None:
+            made = super().__call__(bound, observe=observe)
+        else:
+            made = self._compiled(bound)
+        mx.eval(made)
+        return made
+
+
+def _array(value: Any) -> mx.array:
+    """A learning rate or step as an array: as a Python number it would be a constant of the compiled program."""
+    if isinstance(value, mx.array):
+        return value
+    return mx.array(value, dtype=mx.float32 if isinstance(value, float) else mx.int32)
+
+
+class MlxBackend(Backend):
+    name = "mlx_metal"
+    exact = False
+    rules = RULES
+
+    def __init__(self) -> None:
+        self.device = "metal" if mx.metal.is_available() else "cpu"
+
+    def from_raw(self, raw: RawTensor) -> mx.array:
+        """Bytes viewed as their dtype: numpy, which has no bfloat16, is not asked."""
+        if raw.numel == 0:
+            return mx.zeros(raw.shape, dtype=DTYPES[raw.dtype])
+        return mx.array(raw.data.cast("B")).view(DTYPES[raw.dtype]).reshape(raw.shape)  # type: ignore[arg-type]
+
+    def to_raw(self, array: mx.array) -> RawTensor:
+        name, shape = NAMES[array.dtype], tuple(array.shape)
+        if array.size == 0:
+            return RawTensor(dtype=name, shape=shape, data=memoryview(b""))
+        host = mx.contiguous(array.reshape(-1)).view(mx.uint8)
+        mx.eval(host)
+        return RawTensor(dtype=name, shape=shape, data=memoryview(host).cast("B"))  # type: ignore[arg-type]
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> mx.array:
+        return mx.zeros(shape, dtype=DTYPES[dtype])
+
+    def synchronize(self, arrays: Mapping[str, mx.array]) -> None:
+        mx.eval(dict(arrays))
+
+    def program(self, graph: Graph) -> Program:
+        """Fused on Metal alone: MLX's CPU build runs a C++ compiler, seconds long, for every kernel it fuses."""
+        return MlxProgram(graph, self.rules, fuse=self.device == "metal")
+
+    def peak_memory(self) -> int:
+        """Metal shares the machine's memory: MLX's own peak where there is a GPU, else the process's."""
+        return mx.get_peak_memory() if self.device == "metal" else super().peak_memory()
+
+    def versions(self) -> dict[str, str]:
+        return {"mlx": importlib.metadata.version("mlx")}
+
+
+def backend() -> MlxBackend:
+    return MlxBackend()

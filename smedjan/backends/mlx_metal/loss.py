@@ -1,0 +1,77 @@
+"""Cross-entropy of a linear head, made chunk by chunk of rows so that the whole logits never exist."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from smedjan.backends.mlx_metal.elementwise import wide
+from smedjan.backends.mlx_metal.linear import rows as flat_rows
+from smedjan.backends.mlx_metal.table import RULES
+
+IGNORE = -100
+CHUNK_LOGITS = 1 << 25
+"""Logits alive at once: 128 MiB in float32."""
+
+
+@RULES.rule("log_softmax")
+def log_softmax(x: mx.array) -> mx.array:
+    scores = wide(x)
+    return (scores - mx.logsumexp(scores, axis=-1, keepdims=True)).astype(x.dtype)
+
+
+@RULES.rule("log_softmax_bwd")
+def log_softmax_bwd(dy: mx.array, y: mx.array) -> mx.array:
+    cotangent = wide(dy)
+    return (cotangent - mx.exp(wide(y)) * cotangent.sum(axis=-1, keepdims=True)).astype(dy.dtype)
+
+
+def _picked(scores: mx.array, labels: mx.array) -> mx.array:
+    """scores[i, labels[i]], zero where row i is not trained."""
+    trained = labels != IGNORE
+    index = mx.where(trained, labels, 0)[:, None]
+    return mx.where(trained, mx.take_along_axis(scores, index, axis=-1)[:, 0], 0.0)
+
+
+def _is_target(labels: mx.array, vocab_size: int) -> mx.array:
+    """[N, V]: true at each row's label, nowhere for a row that is not trained."""
+    return labels[:, None] == mx.arange(vocab_size, dtype=labels.dtype)[None]
+
+
+@RULES.rule("nll_loss")
+def nll_loss(log_probs: mx.array, labels: mx.array) -> mx.array:
+    return (-_picked(wide(log_probs), labels).sum()).astype(log_probs.dtype)
+
+
+@RULES.rule("nll_loss_bwd")
+def nll_loss_bwd(dy: mx.array, log_probs: mx.array, labels: mx.array) -> mx.array:
+    return mx.where(_is_target(labels, log_probs.shape[1]), -dy, mx.zeros((), dtype=dy.dtype)).astype(log_probs.dtype)
+
+
+@RULES.rule("linear_cross_entropy", label="mlx, chunked rows")
+def linear_cross_entropy(
+    x: mx.array, weight: mx.array, labels: mx.array, num_items: mx.array, *, grads: str
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Gradients for a cotangent of one. dweight is summed over chunks in float32 and rounded once."""
+    flat, labels, vocab_size = flat_rows(x), labels.astype(mx.int32), weight.shape[0]
+    step = max(1, CHUNK_LOGITS // vocab_size)
+    total = mx.zeros((), dtype=mx.float32)
+    dx_parts: list[mx.array] = []
+    dweight = mx.zeros(weight.shape if "w" in grads else (0,), dtype=mx.float32)
+    for start in range(0, flat.shape[0], step):
+        part, targets = flat[start : start + step], labels[start : start + step]
+        if start:
+            # Without an order, the scheduler may keep several chunks of logits alive.
+            part = mx.depends([part], [total, dweight, *dx_parts[-1:]])[0]
+        scores = wide(part @ weight.T)
+        lse = mx.logsumexp(scores, axis=-1)
+        total = total + mx.where(targets != IGNORE, lse - _picked(scores, targets), 0.0).sum()
+        if not grads:
+            continue
+        probs = mx.exp(scores - lse[:, None]) - _is_target(targets, vocab_size).astype(mx.float32)
+        dscores = (mx.where((targets != IGNORE)[:, None], probs, 0.0) / num_items).astype(x.dtype)
+        if "x" in grads:
+            dx_parts.append(dscores @ weight)
+        if "w" in grads:
+            dweight = dweight + wide(dscores.T @ part)
+    dx = mx.concatenate(dx_parts).reshape(x.shape) if dx_parts else mx.zeros(x.shape if "x" in grads else (0,), x.dtype)
+    return total / num_items, dx, dweight.astype(weight.dtype)

@@ -1,0 +1,61 @@
+"""Root-mean-square normalisation: `mx.fast.rms_norm` where it rounds as declared, one float32 expression backwards."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from smedjan.backends.mlx_metal.elementwise import wide
+from smedjan.backends.mlx_metal.table import RULES
+
+
+@RULES.rule("mean_last")
+def mean_last(x: mx.array) -> mx.array:
+    return wide(x).mean(axis=-1, keepdims=True).astype(x.dtype)
+
+
+@RULES.rule("mean_last_bwd")
+def mean_last_bwd(dy: mx.array, *, size: int) -> mx.array:
+    return mx.broadcast_to((wide(dy) / size).astype(dy.dtype), (*dy.shape[:-1], size))
+
+
+def _rstd(x: mx.array, eps: float) -> mx.array:
+    return mx.rsqrt(mx.square(wide(x)).mean(axis=-1) + eps)
+
+
+@RULES.rule("rms_norm", label="mx.fast.rms_norm", supports=lambda node: node.attrs["weight_cast"] == "before")
+def rms_norm(x: mx.array, weight: mx.array, *, eps: float, weight_cast: str) -> tuple[mx.array, mx.array]:
+    """MLX is lazy: `rstd` is computed only where a backward reads it."""
+    return mx.fast.rms_norm(x, weight, eps), _rstd(x, eps)
+
+
+@RULES.rule("rms_norm", supports=lambda node: node.attrs["weight_cast"] == "after")
+def rms_norm_after(x: mx.array, weight: mx.array, *, eps: float, weight_cast: str) -> tuple[mx.array, mx.array]:
+    rstd = _rstd(x, eps)
+    return (wide(weight) * (wide(x) * rstd[..., None])).astype(x.dtype), rstd
+
+
+@RULES.rule("rms_norm_bwd")
+def rms_norm_bwd(
+    x: mx.array,
+    weight: mx.array,
+    rstd: mx.array,
+    dy: mx.array,
+    acc: mx.array | None,
+    *,
+    needs: tuple[bool, bool],
+    eps: float,
+    weight_cast: str,
+) -> mx.array | tuple[mx.array, ...]:
+    """The waiting cotangent is added before the only rounding."""
+    root, cotangent = rstd[..., None], wide(dy)
+    normed = wide(x) * root
+    made: list[mx.array] = []
+    if needs[0]:
+        through = cotangent * wide(weight)
+        dx = root * (through - normed * (through * normed).mean(axis=-1, keepdims=True))
+        made.append((dx if acc is None else dx + wide(acc)).astype(x.dtype))
+    if needs[1]:
+        if weight_cast == "before":
+            normed = wide(normed.astype(x.dtype))
+        made.append((cotangent * normed).reshape(-1, x.shape[-1]).sum(axis=0).astype(weight.dtype))
+    return tuple(made) if len(made) > 1 else made[0]

@@ -1,0 +1,192 @@
+"""The order of the data, a pure function of (seed, step): what a step trains on needs no memory of the steps before.
+
+A *unit* is an example or, when packing, a packed row of examples. Epoch e is the units in an order drawn from
+(seed, e); the epochs follow one another without a seam, and step s takes units [s * S, (s + 1) * S) of that sequence,
+where S = batch_size * grad_accum: every step is full, and the last of an epoch takes its missing rows from the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from hashlib import sha256
+from math import ceil
+
+import numpy as np
+
+from smedjan.data.collate import Batch, collate
+from smedjan.data.mask import Example
+from smedjan.data.pack import pack
+
+Unit = tuple[int, ...]
+"""Indices of the examples of one row, in their order within it."""
+
+
+class TokenDataset:
+    """Examples in file order; at least one, each with at least one trained token."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        assert examples, "tokenize_rows never gives no examples"
+        self.examples = tuple(examples)
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.examples))
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(example.trained_tokens for example in self.examples)
+
+    def fingerprint(self) -> str:
+        """sha256 of all tokens and masks, in order: a resumed run compares it, for a cursor into other data is void."""
+        digest = sha256()
+        for example in self.examples:
+            digest.update(len(example).to_bytes(8, "little"))
+            digest.update(example.input_ids.astype("<i4").tobytes())
+            digest.update(example.labels_mask.tobytes())
+        return digest.hexdigest()
+
+    def steps(
+        self,
+        *,
+        seed: int,
+        batch_size: int,
+        grad_accum: int = 1,
+        epochs: float | None = None,
+        steps: int | None = None,
+        packing: bool = False,
+        max_length: int,
+        pad_to: int = 1,
+        pad_id: int = 0,
+    ) -> Steps:
+        """The steps of a run of `epochs` (a fraction is allowed) or of `steps`, one of which is given."""
+        assert (epochs is None) != (steps is None), "give epochs or steps"
+        plan = Steps(
+            examples=self.examples,
+            seed=seed,
+            batch_size=batch_size,
+            grad_accum=grad_accum,
+            packing=packing,
+            max_length=max_length,
+            pad_to=pad_to,
+            pad_id=pad_id,
+            total=steps or 0,
+        )
+        if epochs is not None:
+            plan = replace(plan, total=plan.num_steps(epochs))
+        assert plan.total >= 1, plan.total
+        return plan
+
+    def batches(self, *, batch_size: int, max_length: int, pad_to: int = 1, pad_id: int = 0) -> Iterator[Batch]:
+        """Every example once, the longest first, the last batch maybe smaller: for evaluation, which has no order."""
+        order = sorted(self.examples, key=len, reverse=True)
+        for start in range(0, len(order), batch_size):
+            rows = [(example,) for example in order[start : start + batch_size]]
+            yield collate(rows, max_length=max_length, pad_to=pad_to, pad_id=pad_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """The steps of a run, numbered from 0. Made by `TokenDataset.steps`."""
+
+    examples: tuple[Example, ...]
+    seed: int
+    batch_size: int
+    grad_accum: int
+    packing: bool
+    max_length: int
+    pad_to: int
+    pad_id: int
+    total: int
+    """Steps of the whole run."""
+    _epochs: dict[int, list[Unit]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        assert self.seed >= 0, self.seed
+        assert self.batch_size >= 1, self.batch_size
+        assert self.grad_accum >= 1, self.grad_accum
+
+    def __len__(self) -> int:
+        return self.total
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size * self.grad_accum
+
+    @property
+    def units_per_epoch(self) -> int:
+        """Rows of an epoch: the same in all, since how many rows packing makes depends on the lengths alone."""
+        return len(self._epoch(0))
+
+    def num_steps(self, epochs: float) -> int:
+        """The least number of steps that sees `epochs` epochs, at least 1."""
+        # repr: the decimal that was written, so that 0.1 of 30 rows is 3 rows, not 4
+        return max(1, ceil(Fraction(repr(epochs)) * self.units_per_epoch / self.rows_per_step))
+
+    def epoch_of_step(self, step: int) -> float:
+        """Epochs seen before `step`."""
+        return step * self.rows_per_step / self.units_per_epoch
+
+    def units_of_step(self, step: int) -> list[Unit]:
+        """The step's rows. The longest come first: rows of like length share a micro-batch, which wastes the least
+        padding; the step's loss is a sum over all of them and does not know their order."""
+        assert step >= 0, step
+        first = step * self.rows_per_step
+        units = [self._unit(index) for index in range(first, first + self.rows_per_step)]
+        return sorted(units, key=self._length, reverse=True)
+
+    def batches_for_step(self, step: int) -> list[Batch]:
+        """The `grad_accum` micro-batches of the step, `batch_size` rows each."""
+        units = self.units_of_step(step)
+        return [
+            collate(
+                [[self.examples[index] for index in unit] for unit in units[start : start + self.batch_size]],
+                max_length=self.max_length,
+                pad_to=self.pad_to,
+                pad_id=self.pad_id,
+            )
+            for start in range(0, len(units), self.batch_size)
+        ]
+
+    def trained_tokens_of_step(self, step: int) -> int:
+        """What the step's loss is divided by."""
+        return sum(self.examples[index].trained_tokens for unit in self.units_of_step(step) for index in unit)
+
+    def _length(self, unit: Unit) -> int:
+        return sum(len(self.examples[index]) for index in unit)
+
+    def _unit(self, index: int) -> Unit:
+        epoch, within = divmod(index, self.units_per_epoch)
+        return self._epoch(epoch)[within]
+
+    def _epoch(self, epoch: int) -> list[Unit]:
+        if epoch not in self._epochs:
+            # A memo, not a state. Epoch 0 stays, as its length is everyone's; of the others the latest two are enough
+            for old in [kept for kept in self._epochs if kept not in (0, epoch - 1)]:
+                del self._epochs[old]
+            self._epochs[epoch] = self._make_epoch(epoch)
+            assert len(self._epochs[epoch]) == self.units_per_epoch, "packing depends on lengths alone"
+        return self._epochs[epoch]
+
+    def _make_epoch(self, epoch: int) -> list[Unit]:
+        order, shuffle = _permutations(self.seed, epoch, len(self.examples))
+        if not self.packing:
+            return [(index,) for index in order]
+        rows = pack([len(self.examples[index]) for index in order], self.max_length)
+        # Packing opens its rows longest document first: shuffle them, and keep each row's documents in drawn order
+        return [tuple(order[place] for place in sorted(rows[row])) for row in shuffle if row < len(rows)]
+
+
+def _permutations(seed: int, epoch: int, count: int) -> tuple[list[int], list[int]]:
+    """Two independent permutations of range(count).
+
+    By sorting raw bits of PCG64: numpy promises the stream of a bit generator, but not what `Generator.permutation`
+    makes of it, and a run may be resumed under another numpy.
+    """
+    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
+    first, second = (np.argsort(bits.random_raw(count), kind="stable").tolist() for _ in range(2))
+    return first, second

@@ -1,0 +1,124 @@
+"""A model directory that transformers, mlx-lm and everything else in HF's world loads unchanged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from smedjan.checkpoint.atomic import new_directory, write_atomic, write_errors
+from smedjan.checkpoint.raw import RawTensor, specs_of
+from smedjan.checkpoint.safetensors import MAX_SHARD_BYTES, save_sharded
+from smedjan.models.registry import ARCHITECTURES, read_config
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+"""What goes along with the weights: the tokenizer, its chat template, and how to generate."""
+
+_ALONG = (*TOKENIZER_FILES, "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*")
+# Code, a path on the machine that saved it, and the older name of `dtype`.
+_DROPPED = ("auto_map", "_name_or_path", "name_or_path", "torch_dtype")
+
+
+def complete_config(data: Mapping[str, Any], file: Path, dtype: str, ignore_keys: Iterable[str] = ()) -> dict[str, Any]:
+    """`config.json` to write: what was read, with every key that matters spelt out, RoPE in both spellings.
+
+    Keys let through by `ignore_keys` are dropped, so that the result reads strictly.
+    """
+    ignored = tuple(ignore_keys)
+    config = read_config(dict(data), file, ignored)
+    written = ARCHITECTURES[config.model_type].write(config)
+    dropped = {*_DROPPED, *ignored} - set(written)
+    kept = {key: value for key, value in data.items() if key not in dropped}
+    return {**kept, **written, "dtype": dtype}
+
+
+def files_along(source: Path) -> list[Path]:
+    """The tokenizer, generation and licence files of a model directory, relative to it."""
+    found = (path for pattern in _ALONG for path in sorted(source.glob(pattern)) if path.is_file())
+    return [path.relative_to(source) for path in dict.fromkeys(found)]
+
+
+def sha256_of_file(path: Path) -> str:
+    digest = sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def fill_directory(
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, RawTensor],
+    *,
+    files_from: Path | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a model into a directory that exists, each file whole, `config.json` last: where it is, the model is."""
+    expected = ARCHITECTURES[config["model_type"]].parameter_shapes(
+        read_config(dict(config), directory / "config.json")
+    )
+    specs = specs_of(tensors)
+    shapes = {name: spec.shape for name, spec in specs.items()}
+    assert shapes == expected, f"not the model's parameters: {sorted(shapes.items() ^ expected.items())[:4]}"
+    assert all(spec.dtype == config["dtype"] for spec in specs.values()), f"not all {config['dtype']}"
+    save_sharded(directory, tensors, max_shard_bytes)
+    if files_from is not None and files_from.resolve() != directory.resolve():
+        for path in files_along(files_from):
+            with write_errors(directory / path):
+                (directory / path).parent.mkdir(exist_ok=True)
+            write_atomic(directory / path, (files_from / path).read_bytes())
+    for name, content in (extra_files or {}).items():
+        write_atomic(directory / name, content)
+    write_atomic(directory / "config.json", json_bytes(dict(config)))
+
+
+def save_model(
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, RawTensor],
+    tokenizer_files_from: Path | None,
+    *,
+    extra_files: Mapping[str, bytes] | None = None,
+    into_run: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a new HF model directory, whole or not at all.
+
+    `config` is a `config.json` as read; its dtype becomes that of `tensors`, which must share one. With `into_run` the
+    directory is a run's own, which exists: the files appear one by one, `config.json` last.
+    """
+    dtypes = {spec.dtype for spec in specs_of(tensors).values()}
+    assert len(dtypes) == 1, f"weights of more than one dtype: {sorted(dtypes)}"
+    complete = complete_config(config, directory / "config.json", dtypes.pop())
+    options: dict[str, Any] = {
+        "files_from": tokenizer_files_from,
+        "extra_files": extra_files,
+        "max_shard_bytes": max_shard_bytes,
+    }
+    if into_run:
+        with write_errors(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / "config.json").unlink(missing_ok=True)
+        fill_directory(directory, complete, tensors, **options)
+        return
+    with new_directory(directory) as partial:
+        fill_directory(partial, complete, tensors, **options)

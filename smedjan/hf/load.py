@@ -1,0 +1,69 @@
+"""A model directory as a live Session: the config read strictly, every tensor checked, weights converted where asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smedjan.backends.base import Backend
+from smedjan.checkpoint.dtype import convert
+from smedjan.checkpoint.raw import RawTensor, specs_of
+from smedjan.errors import CheckpointError, ConfigError
+from smedjan.hf.import_model import match_tensors, read_source
+from smedjan.hf.peft import read_adapter
+from smedjan.models.llama import LlamaConfig
+from smedjan.models.registry import ARCHITECTURES, read_config
+from smedjan.runtime.session import Session
+
+COMPUTED = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """What a directory holds: `data` is its config.json as read, `tensors` are mapped, in `named_parameters()` order."""
+
+    path: Path
+    data: dict[str, Any]
+    config: LlamaConfig
+    tensors: Mapping[str, RawTensor]
+    dtype: str
+
+
+def open_model(path: str | Path) -> ModelFiles:
+    """Reads and checks a model directory (or hub id, or .gguf file) without loading its weights."""
+    read = read_source(path, ())
+    config = read_config(read.config, read.file)
+    module = ARCHITECTURES[config.model_type]
+    tensors, _ignored = match_tensors(read, module.parameter_shapes(config), module.tied(config))
+    dtypes = {spec.dtype for spec in specs_of(tensors).values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    folder = read.files_from or read.file.parent
+    return ModelFiles(path=folder, data=read.config, config=config, tensors=tensors, dtype=dtype)
+
+
+def open_session(
+    files: ModelFiles, backend: Backend, *, dtype: str | None = None, attention: str = "sdpa", adapter: Path | None = None
+) -> Session:
+    """Weights on the backend. `adapter` is a directory in PEFT's layout, laid beside the frozen weights."""
+    chosen = dtype or files.dtype
+    if chosen not in COMPUTED:
+        raise ConfigError(
+            f"{chosen} is not computed in", file=files.path, field="dtype", remedy=f"give --dtype {' or '.join(COMPUTED)}"
+        )
+    parameters = {name: backend.from_raw(convert(tensor, chosen)) for name, tensor in files.tensors.items()}
+    lora = None
+    if adapter is not None:
+        lora, tensors = read_adapter(adapter)
+        expected = lora.shapes({name: spec.shape for name, spec in specs_of(files.tensors).items()})
+        for name, shape in expected.items():
+            if name not in tensors or tensors[name].shape != shape:
+                raise CheckpointError(
+                    "is missing" if name not in tensors else f"has shape {list(tensors[name].shape)}, not {list(shape)}",
+                    file=adapter,
+                    field=name,
+                    remedy="give the model that this adapter was trained on",
+                )
+        parameters.update({name: backend.from_raw(convert(tensors[name], "float32")) for name in expected})
+    return Session(backend, files.config, parameters, chosen, attention=attention, lora=lora)

@@ -1,0 +1,211 @@
+"""Parity: this model on a backend against `transformers`, case by case. 
+
+On the exact backend a case holds when every element is equal to the bit. On a fast one it holds when
+error <= 2 e_torch + 2 u max|ref|: `ref` is transformers in float64, e_torch the error of transformers in the case's own
+dtype against it, u the unit roundoff of that dtype (FlashAttention's test criterion).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smedjan.backends.base import Backend
+from smedjan.checkpoint.dtype import to_float32
+from smedjan.checkpoint.raw import RawTensor
+from smedjan.data.collate import IGNORE, Batch
+from smedjan.hf.load import ModelFiles, open_model, open_session
+from smedjan.hf.peer import DECODE, Named, Peer, continuation
+from smedjan.runtime.select import backend as select_backend
+from smedjan.runtime.session import Cache, Session
+
+BATCH, SEQ = 2, 12
+PADDINGS = ("none", "left", "right")
+ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One comparison. `equal`: every bit. `bound` is what `max_abs` is held to: 0 on the exact backend."""
+
+    name: str
+    attention: str
+    dtype: str
+    mode: str
+    batch: int
+    padding: str
+    equal: bool
+    max_abs: float
+    max_ulp: int
+    bound: float
+
+    @property
+    def holds(self) -> bool:
+        return self.equal or (self.bound > 0 and self.max_abs <= self.bound)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityReport:
+    """Every case, and what transformers itself refuses."""
+
+    cases: tuple[Case, ...]
+    skipped: tuple[dict[str, str], ...]
+    backend: str
+    exact: bool
+    versions: dict[str, str]
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.cases) and all(case.holds for case in self.cases)
+
+
+
+def parity(
+    path: str | Path,
+    *,
+    attention: Sequence[str] = ("sdpa", "eager"),
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    backend: str = "torch_reference",
+    seed: int = 0,
+    on_case: Callable[[Case], None] | None = None,
+) -> ParityReport:
+    """Logits, cached decode and every gradient of the model in `path`, for each attention, dtype and padding."""
+    files, chosen = open_model(path), select_backend(backend)
+    cases: list[Case] = []
+    for case in _cases(files, chosen, attention, dtypes, seed):
+        cases.append(case)
+        if on_case is not None:
+            on_case(case)
+    return ParityReport(
+        cases=tuple(cases), skipped=(), backend=chosen.name, exact=chosen.exact, versions=_versions(chosen)
+    )
+
+
+def _versions(backend: Backend) -> dict[str, str]:
+    import transformers
+
+    return {"transformers": transformers.__version__, **backend.versions()}
+
+
+def _cases(
+    files: ModelFiles, backend: Backend, attention: Sequence[str], dtypes: Sequence[str], seed: int
+) -> Iterator[Case]:
+    for dtype in dtypes:
+        for implementation in attention:
+            session = open_session(files, backend, dtype=dtype, attention=implementation)
+            peer = Peer(files, dtype, implementation)
+            truth = None if backend.exact else Peer(files, "float64", implementation)
+            for padding in PADDINGS:
+                batch = _rows(files, padding, seed)
+                ours, theirs = _ours(session, batch), peer.run(batch)
+                reference = None if truth is None else truth.run(batch)
+                for mode in ("logits", "gradients", "decode"):
+                    yield _case(mode, ours[mode], theirs[mode], reference and reference[mode], dtype, implementation, padding)
+
+
+def _case(
+    mode: str, ours: Named, theirs: Named, reference: Named | None, dtype: str, attention: str, padding: str
+) -> Case:
+    equal, max_abs, max_ulp, bound, ratio = True, 0.0, 0, 0.0, -1.0
+    for name, their in theirs.items():
+        our = ours[name]
+        equal &= our.shape == their.shape and our.dtype == their.dtype and our.tobytes() == their.tobytes()
+        max_ulp = max(max_ulp, _ulps(our, their, dtype))
+        if reference is None:
+            max_abs = max(max_abs, _distance(our, their))
+            continue
+        ref = reference[name]
+        limit = 2 * _distance(their, ref) + 2 * ROUNDOFF[dtype] * float(np.abs(ref).max(initial=0.0))
+        error = _distance(our, ref)
+        if error / max(limit, 1e-300) > ratio:  # report the tensor that comes nearest to its bound
+            ratio, max_abs, bound = error / max(limit, 1e-300), error, limit
+    return Case(
+        name=f"{attention} {dtype} {mode} padding={padding}",
+        attention=attention,
+        dtype=dtype,
+        mode=mode,
+        batch=BATCH,
+        padding=padding,
+        equal=equal,
+        max_abs=max_abs,
+        max_ulp=max_ulp,
+        bound=bound,
+    )
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max(initial=0.0))
+
+
+def _ulps(a: np.ndarray, b: np.ndarray, dtype: str) -> int:
+    """The most representable numbers of `dtype` between two elements; both arrays are float32 (bfloat16 widened)."""
+    keys = []
+    for array in (a, b):
+        bits = np.ascontiguousarray(array, dtype=np.float32).view(np.int32).astype(np.int64)
+        keys.append(np.where(bits < 0, -(bits & 0x7FFFFFFF), bits) >> (16 if dtype == "bfloat16" else 0))
+    return int(np.abs(keys[0] - keys[1]).max(initial=0))
+
+
+def _rows(files: ModelFiles, padding: str, seed: int) -> Batch:
+    """Random tokens, the first quarter not trained; the first row padded on the given side."""
+    config = files.config
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, PADDINGS.index(padding)])))
+    seq = min(SEQ, config.max_position_embeddings - DECODE)
+    ids = generator.integers(0, config.vocab_size, size=(BATCH, seq), dtype=np.int64)
+    mask = np.ones((BATCH, seq), dtype=np.int64)
+    if padding == "left":
+        mask[0, : seq // 3] = 0
+    if padding == "right":
+        mask[0, -(seq // 3) :] = 0
+    labels = np.full_like(ids, IGNORE)
+    labels[:, :-1] = np.where(mask[:, 1:] * mask[:, :-1] > 0, ids[:, 1:], IGNORE)
+    labels[:, : seq // 4] = IGNORE
+    rows = np.flatnonzero(labels != IGNORE)
+    return Batch(
+        input_ids=ids,
+        position_ids=np.broadcast_to(np.arange(seq, dtype=np.int64), ids.shape),
+        labels=labels,
+        attention_mask=None if padding == "none" else mask,
+        segment_ids=None,
+        loss_rows=rows,
+        trained_tokens=len(rows),
+        tokens=int(mask.sum()),
+        kind="causal" if padding == "none" else "padded",
+    )
+
+
+def _seen(values: np.ndarray, batch: Batch) -> np.ndarray:
+    """Logits of real tokens alone: what a padding position says is nobody's contract off the exact backend."""
+    return values if batch.attention_mask is None else values[batch.attention_mask > 0]
+
+
+def _ours(session: Session, batch: Batch) -> dict[str, Named]:
+    def host(array: Any) -> np.ndarray:
+        raw: RawTensor = session.backend.to_raw(array)
+        return to_float32(raw).reshape(raw.shape).copy()
+
+    exact = session.backend.exact
+    logits = host(session.logits(batch))
+    loss, grads = session.micro(batch, list(session.parameters), num_items=batch.trained_tokens)
+    cache = Cache(session, batch=BATCH, capacity=batch.input_ids.shape[1] + DECODE)
+    mask = batch.attention_mask
+    decoded = {"prefill": host(cache.feed(batch.input_ids, mask))}
+    for step, tokens in enumerate(continuation(batch)):
+        mask = None if mask is None else np.concatenate([mask, np.ones((BATCH, 1), dtype=np.int64)], axis=1)
+        decoded[f"step {step}"] = host(cache.feed(tokens, mask))
+    if not exact:
+        logits, decoded["prefill"] = _seen(logits, batch), _seen(decoded["prefill"], batch)
+    return {
+        "logits": {"logits": logits},
+        "gradients": {"loss": host(loss), **{name: host(array) for name, array in grads.items()}},
+        "decode": decoded,
+    }
+
+
+def _continuation(batch: Batch) -> list[np.ndarray]:
+    """The tokens fed after the prefill: fixed ones, so that a near-tie cannot send the two sides apart."""
+    return [batch.input_ids[:, step : step + 1] for step in range(DECODE)]

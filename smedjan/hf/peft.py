@@ -1,0 +1,143 @@
+"""LoRA adapters in PEFT's layout, in and out, and their merge into the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smedjan.checkpoint.atomic import write_atomic
+from smedjan.checkpoint.dtype import convert, to_float32
+from smedjan.checkpoint.raw import RawTensor
+from smedjan.checkpoint.safetensors import open_file, save_file
+from smedjan.errors import CheckpointError, ConfigError
+from smedjan.passes.lora import Lora, a_name, b_name
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def write_adapter(directory: Path, lora: Lora, tensors: Mapping[str, RawTensor], *, base: str) -> None:
+    """`adapter_model.safetensors`, then `adapter_config.json`: where the config is, the adapter is whole."""
+    save_file(directory / WEIGHTS, tensors, {"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted(lora.targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    write_atomic(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "use_rslora": (False,),
+    "use_dora": (False,),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "layers_to_transform": (None, []),
+    "exclude_modules": (None, []),
+    "trainable_token_indices": (None, []),
+}
+"""Keys of adapter_config.json whose other values we do not compute."""
+
+
+def read_adapter(directory: Path) -> tuple[Lora, Mapping[str, RawTensor]]:
+    """The adapter in a PEFT directory. What plain LoRA does not cover is an error, never ignored."""
+    file = directory / CONFIG
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot be read: {error}", file=file, remedy="give a directory in PEFT's layout") from error
+    for key, allowed in PLAIN.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise ConfigError(f"{config[key]!r} is not supported", file=file, field=key, remedy=f"only {allowed[0]!r} is")
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or not targets:
+        raise ConfigError("must be a list of module names", file=file, field="target_modules", remedy="list them")
+    try:
+        lora = Lora(
+            rank=int(config["r"]),
+            alpha=float(config["lora_alpha"]),
+            dropout=float(config.get("lora_dropout", 0.0)),
+            targets=tuple(targets),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"is missing or no number: {error}", file=file, field="r", remedy="save it with PEFT") from error
+    return lora, open_file(directory / WEIGHTS)
+
+
+def initial_adapter(lora: Lora, shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, RawTensor]:
+    """A uniform in +-1 / sqrt(in) (PEFT's kaiming_uniform with a = sqrt 5), B zero; a pure function of seed and site."""
+    made = {}
+    for site, (name, shape) in enumerate(lora.shapes(shapes).items()):
+        if ".lora_A." in name:
+            bound = 1.0 / np.sqrt(shape[1])
+            generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, site])))
+            values = generator.uniform(-bound, bound, size=shape).astype(np.float32)
+        else:
+            values = np.zeros(shape, dtype=np.float32)
+        made[name] = RawTensor(dtype="float32", shape=shape, data=memoryview(values.reshape(-1)).cast("B"))
+    return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """What `merge` wrote: modules that had an adapter, and the largest change of a weight."""
+
+    out: str
+    dtype: str
+    merged: int
+    largest_change: float
+    weights_sha256: str
+
+
+def merged_weights(
+    tensors: Mapping[str, RawTensor], lora: Lora, adapter: Mapping[str, RawTensor], dtype: str
+) -> tuple[dict[str, RawTensor], int, float]:
+    """W + alpha / rank B A in float32, rounded to `dtype` once. Gives (weights, merged modules, largest change)."""
+    made, merged, largest = {}, 0, 0.0
+    for name, tensor in tensors.items():
+        module = name.removesuffix(".weight")
+        if a_name(module) not in adapter:
+            made[name] = convert(tensor, dtype)
+            continue
+        a, b = adapter[a_name(module)], adapter[b_name(module)]
+        if (b.shape[0], a.shape[1]) != tensor.shape:
+            raise CheckpointError(
+                f"adapts {[b.shape[0], a.shape[1]]}, the weight is {list(tensor.shape)}",
+                field=a_name(module),
+                remedy="give the model that this adapter was trained on",
+            )
+        delta = to_float32(b).reshape(b.shape) @ to_float32(a).reshape(a.shape) * np.float32(lora.scaling)
+        values = to_float32(tensor).reshape(tensor.shape) + delta
+        largest, merged = max(largest, float(np.abs(delta).max())), merged + 1
+        wide = RawTensor(dtype="float32", shape=tensor.shape, data=memoryview(values.reshape(-1)).cast("B"))
+        made[name] = convert(wide, dtype)
+    unused = [name for name in adapter if name.endswith("lora_A.weight") and _weight_of(name) not in tensors]
+    if unused:
+        raise CheckpointError(
+            "adapts a module that the model does not have",
+            field=unused[0],
+            remedy="give the model that this adapter was trained on",
+        )
+    return made, merged, largest
+
+
+def _weight_of(adapter_name: str) -> str:
+    return adapter_name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") + ".weight"

@@ -1,0 +1,416 @@
+"""The configuration of a fine-tuning run: the flags of `smedjan finetune` and the keys of its TOML file.
+
+    FinetuneConfig.from_toml("run.toml", {"optim.lr": "2e-4"})      the file, and flags over it
+
+A field's annotation, default and metadata say its type, choices, range and help. All is checked where a config is made:
+one that exists is a valid one. Paths are relative to the working directory, in the file as in flags.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from hashlib import sha256
+from math import ceil, isfinite
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+
+from smedjan.errors import ConfigError, nearest
+
+Method = Literal["full", "lora"]
+
+LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Every linear layer of a decoder block: with adapters on attention alone LoRA falls behind full fine-tuning, even at a
+higher rank (Schulman et al. 2025)."""
+
+LEARNING_RATES: dict[Method, float] = {"lora": 5e-4, "full": 5e-5}
+"""Used where `optim.lr` is not given. LoRA's best rate is about ten times that of full fine-tuning, at any rank, since
+its output is scaled by alpha / rank (Schulman et al. 2025, "LoRA Without Regret"). Both fall as a model gets wider:
+these suit one to eight billion parameters, and SmolLM2-135M still trains well at 1e-3."""
+
+DEFAULT_MAX_LENGTH = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """What the value of one field must be. `type` is int, float, bool, str, Path or tuple (of strings)."""
+
+    type: type[Any]
+    required: bool
+    default: Any
+    """None for "not given", or where `required`."""
+    choices: tuple[str, ...]
+    ge: float | None
+    gt: float | None
+    lt: float | None
+    help: str
+
+
+class _Section:
+    """Converts and checks each field when the dataclass is made."""
+
+    section: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for name, flag in _flags_of(type(self)).items():
+            object.__setattr__(self, name, _read(getattr(self, name), flag, f"{self.section}{name}"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(_Section):
+    """How much is trained, on what."""
+
+    section: ClassVar[str] = "train."
+
+    steps: int | None = field(default=None, metadata={"ge": 1, "help": "optimizer steps; give this or epochs"})
+    epochs: float | None = field(default=None, metadata={"gt": 0, "help": "passes over the data (default 1)"})
+    batch_size: int = field(default=8, metadata={"ge": 1, "help": "rows of one micro-batch"})
+    grad_accum: int = field(default=1, metadata={"ge": 1, "help": "micro-batches of one step"})
+    max_length: int | None = field(
+        default=None,
+        metadata={"ge": 2, "help": f"most tokens of a row (default {DEFAULT_MAX_LENGTH}, or the model's context)"},
+    )
+    packing: bool = field(default=False, metadata={"help": "put several rows into one, each seeing only itself"})
+    loss_on: Literal["completion", "last", "all"] = field(
+        default="completion", metadata={"help": "train completions and assistant turns, the last turn, or every token"}
+    )
+    too_long: Literal["error", "truncate", "drop"] = field(
+        default="error", metadata={"help": "what to do with a row longer than max-length"}
+    )
+    save_every: int = field(default=100, metadata={"ge": 0, "help": "steps between checkpoints; 0: only at the end"})
+    eval_every: int = field(default=100, metadata={"ge": 0, "help": "steps between evaluations; 0: only at the end"})
+    attention: Literal["sdpa", "eager"] = field(
+        default="sdpa", metadata={"help": "which of transformers' two computations the exact backend repeats"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError(
+                f"both steps ({self.steps}) and epochs ({self.epochs:g}) are given",
+                field="train.steps",
+                remedy="give --train.steps or --train.epochs",
+            )
+        if self.steps is None and self.epochs is None:
+            object.__setattr__(self, "epochs", 1.0)
+
+    def max_length_for(self, context: int) -> int:
+        """Most tokens of a row, for a model of that context (`max_position_embeddings`)."""
+        if self.max_length is None:
+            return min(DEFAULT_MAX_LENGTH, context)
+        if self.max_length > context:
+            raise ConfigError(
+                f"{self.max_length} is more than the model's context of {context} tokens",
+                field="train.max_length",
+                remedy=f"give --train.max-length {context} or less",
+            )
+        return self.max_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(_Section):
+    """The optimizer and its schedule."""
+
+    section: ClassVar[str] = "optim."
+
+    name: Literal["adamw"] = field(default="adamw", metadata={"help": "optimizer"})
+    lr: float | None = field(
+        default=None, metadata={"gt": 0, "help": "peak learning rate (default 5e-4 for lora, 5e-5 for full)"}
+    )
+    weight_decay: float = field(default=0.0, metadata={"ge": 0, "help": "decoupled weight decay"})
+    clip: float = field(default=1.0, metadata={"ge": 0, "help": "the most the global gradient norm may be; 0: any"})
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = field(
+        default="cosine", metadata={"help": "what follows the warm-up"}
+    )
+    warmup: float = field(
+        default=0.03, metadata={"ge": 0, "help": "steps of warm-up if 1 or more, a share of all steps if less"}
+    )
+    beta1: float = field(default=0.9, metadata={"ge": 0, "lt": 1, "help": "decay of the first moment"})
+    beta2: float = field(default=0.999, metadata={"ge": 0, "lt": 1, "help": "decay of the second moment"})
+    eps: float = field(default=1e-8, metadata={"gt": 0, "help": "added to the root of the second moment"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup >= 1 and not self.warmup.is_integer():
+            raise ConfigError(
+                f"{self.warmup:g} is neither a share below 1 nor a whole number of steps",
+                field="optim.warmup",
+                remedy=f"give --optim.warmup {round(self.warmup)}",
+            )
+
+    def warmup_steps(self, total: int) -> int:
+        """Warm-up steps of a run of `total`; a share is rounded up, as transformers does."""
+        steps = int(self.warmup) if self.warmup >= 1 else ceil(self.warmup * total)
+        if steps > total:
+            raise ConfigError(
+                f"{steps} steps of warm-up in a run of {total}",
+                field="optim.warmup",
+                remedy="give fewer, or a share below 1",
+            )
+        return steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(_Section):
+    """Low-rank adapters: y = W x + (alpha / rank) B A dropout(x)."""
+
+    section: ClassVar[str] = "lora."
+
+    rank: int = field(default=16, metadata={"ge": 1, "help": "rank of A and B"})
+    alpha: float = field(default=32.0, metadata={"gt": 0, "help": "the adapter's output is scaled by alpha / rank"})
+    dropout: float = field(default=0.0, metadata={"ge": 0, "lt": 1, "help": "share of the inputs set to 0"})
+    targets: tuple[str, ...] = field(
+        default=LINEAR_LAYERS, metadata={"help": "names of the modules that get an adapter, by commas"}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(_Section):
+    """A run of `smedjan finetune`."""
+
+    model: str = field(metadata={"help": "model directory, run directory or hub id"})
+    data: Path = field(metadata={"help": "rows to train on: jsonl, json, csv, parquet, or a folder with a train file"})
+    eval_data: Path | None = field(default=None, metadata={"help": "rows to evaluate on while training"})
+    out: Path | None = field(default=None, metadata={"help": "run directory to write (a dry run needs none)"})
+    method: Method = field(default="lora", metadata={"help": "what is trained"})
+    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in out"})
+    dry_run: bool = field(default=False, metadata={"help": "print the plan and its memory, train nothing"})
+    seed: int = field(default=0, metadata={"ge": 0, "lt": 2**63, "help": "of data order, adapters and dropout"})
+    backend: Literal["auto", "torch_reference", "cpu_native", "cuda_triton", "mlx_metal"] = field(
+        default="auto", metadata={"help": "what runs it"}
+    )
+    dtype: Literal["float32", "bfloat16"] | None = field(
+        default=None, metadata={"help": "of the computation (default: as the weights are stored)"}
+    )
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.out is None and not self.dry_run:
+            raise ConfigError("is missing", field="out", remedy="give --out DIR, or --dry-run")
+        if self.optim.lr is None:
+            object.__setattr__(self, "optim", replace(self.optim, lr=LEARNING_RATES[self.method]))
+
+    @property
+    def learning_rate(self) -> float:
+        """`optim.lr`, which is never None here."""
+        assert self.optim.lr is not None
+        return self.optim.lr
+
+    @classmethod
+    def from_toml(
+        cls, path: str | PathLike[str] | None, overrides: Mapping[str, object] | None = None
+    ) -> FinetuneConfig:
+        """The config of a TOML file (None: of flags alone), and flags over it.
+
+        `overrides` maps dotted names ("optim.lr") to values, as typed or already converted; None is a flag that was not
+        given. Dashes and underscores are the same in both. A flag `train.steps` replaces `epochs` of the file too, and
+        the other way round. Raises ConfigError for a key that is unknown, there twice, missing or out of range.
+        """
+        in_file = {} if path is None else _named(_read_toml(Path(path)), file=Path(path))
+        given = _named(overrides or {}, file=None)
+        for flag, other in (("train.steps", "train.epochs"), ("train.epochs", "train.steps")):
+            if flag in given:
+                in_file.pop(other, None)
+        values: dict[str, Any] = in_file | given
+        try:
+            for name in ("model", "data"):
+                if name not in values:
+                    raise ConfigError("is missing", field=name, remedy=f"give --{name}")
+            top = {key: value for key, value in values.items() if "." not in key}
+            sections = {
+                name: section(
+                    **{key: values[full] for key in _flags_of(section) if (full := f"{name}.{key}") in values}
+                )
+                for name, section in _SECTIONS.items()
+            }
+            return cls(**top, **sections)
+        except ConfigError as error:
+            if error.field in given or error.field not in in_file:
+                raise
+            raise ConfigError(error.message, file=path, field=error.field, remedy=error.remedy) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested, as JSON can say it; `from_toml(None, config.to_dict())` is the same config."""
+        return _jsonable(asdict(self))
+
+    def config_hash(self) -> str:
+        """sha256 of what decides the numbers: on the same weights, rows and backend, two runs of one hash make the same
+        weights. Paths, the backend, and when to save, evaluate and resume are not in it: a run may go on elsewhere."""
+        decided = self.to_dict()
+        for name in ("model", "data", "eval_data", "out", "resume", "dry_run", "backend"):
+            del decided[name]
+        for name in ("save_every", "eval_every"):
+            del decided["train"][name]
+        if self.method != "lora":
+            del decided["lora"]
+        return sha256(json.dumps(decided, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+_SECTIONS: dict[str, type[Any]] = {"train": TrainConfig, "optim": OptimConfig, "lora": LoraConfig}
+
+
+def flags() -> dict[str, Flag]:
+    """Every flag by its dotted name as it is typed ("train.batch-size")."""
+    named = dict(_flags_of(FinetuneConfig))
+    for name, section in _SECTIONS.items():
+        named |= {f"{name}.{key}": flag for key, flag in _flags_of(section).items()}
+    return {key.replace("_", "-"): flag for key, flag in named.items()}
+
+
+def _flags_of(section: type[Any]) -> dict[str, Flag]:
+    """The fields of a section that are flags, by name; sections within it are not."""
+    hints = get_type_hints(section)
+    found: dict[str, Flag] = {}
+    for item in fields(section):
+        if not item.metadata:
+            continue
+        hint = hints[item.name]
+        if type(None) in get_args(hint):
+            (hint,) = (part for part in get_args(hint) if part is not type(None))
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        found[item.name] = Flag(
+            type=str if choices else (get_origin(hint) or hint),
+            required=item.default is MISSING,
+            default=None if item.default is MISSING else item.default,
+            choices=choices,
+            ge=item.metadata.get("ge"),
+            gt=item.metadata.get("gt"),
+            lt=item.metadata.get("lt"),
+            help=item.metadata["help"],
+        )
+    return found
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", file=path, remedy="check --config") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"is not TOML: {error}", file=path, remedy="repair that line") from error
+
+
+def _named(tables: Mapping[str, object], *, file: Path | None, prefix: str = "") -> dict[str, object]:
+    """Dotted snake_case names to values, without None; a table is the same as dotted keys. Refuses what is unknown or
+    there twice."""
+    known = [name.replace("-", "_") for name in flags()]
+    named: dict[str, object] = {}
+    for key, value in tables.items():
+        name = f"{prefix}{key}".replace("-", "_")
+        if name in known:
+            found = {} if value is None else {name: value}
+        elif name in _SECTIONS and isinstance(value, Mapping):
+            found = _named(value, file=file, prefix=f"{name}.")
+        elif name in _SECTIONS:
+            raise ConfigError("is a table, not a value", file=file, field=name, remedy=f"give --{name}.KEY")
+        else:
+            # A key of another section first: `train.lr` means optim.lr, which spelling alone would not find
+            elsewhere = [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]]
+            close = elsewhere[0] if elsewhere else nearest(name, known)
+            remedy = f"did you mean {close.replace('_', '-')}?" if close else "see smedjan finetune --help"
+            raise ConfigError("is no key of a run", file=file, field=f"{prefix}{key}", remedy=remedy)
+        if twice := named.keys() & found.keys():
+            raise ConfigError("is there twice", file=file, field=min(twice), remedy="keep one")
+        named |= found
+    return named
+
+
+def _read(value: object, flag: Flag, name: str) -> Any:
+    """`value` as the flag's type. A string is read as on the command line: "1e-5" is a number, "a,b" two names."""
+    if value is None and flag.default is None and not flag.required:
+        return None
+    result = _READERS[flag.type](value, name)
+    if flag.choices and result not in flag.choices:
+        close = nearest(result, flag.choices)
+        raise ConfigError(
+            f"{result!r} is not one of {', '.join(flag.choices)}",
+            field=name,
+            remedy=f"did you mean {close}?" if close else "give one of them",
+        )
+    low = flag.ge is None or result >= flag.ge
+    high = flag.lt is None or result < flag.lt
+    if not (low and high and (flag.gt is None or result > flag.gt)):
+        bounds = ((">=", flag.ge), (">", flag.gt), ("<", flag.lt))
+        wanted = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+        raise ConfigError(f"{result} is out of range", field=name, remedy=f"give a value {wanted}")
+    return result
+
+
+def _wrong(value: object, name: str, wanted: str) -> ConfigError:
+    return ConfigError(f"{value!r} is not {wanted}", field=name, remedy=f"give {wanted}")
+
+
+def _float(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise _wrong(value, name, "a number")
+    try:
+        number = float(value)
+    except (ValueError, OverflowError) as error:
+        raise _wrong(value, name, "a number") from error
+    if not isfinite(number):
+        raise _wrong(value, name, "a finite number")
+    return number
+
+
+def _int(value: object, name: str) -> int:
+    # Not by way of float, which would round a large seed
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.isdecimal() and len(value) < 40:
+        return int(value)
+    number = _float(value, name)
+    if not number.is_integer():
+        raise _wrong(value, name, "a whole number")
+    return int(number)
+
+
+def _bool(value: object, name: str) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise _wrong(value, name, "true or false")
+
+
+def _str(value: object, name: str) -> str:
+    text = str(value) if isinstance(value, PathLike) else value
+    if not isinstance(text, str) or not text:
+        raise _wrong(value, name, "a string that is not empty")
+    return text
+
+
+def _path(value: object, name: str) -> Path:
+    return Path(_str(value, name))
+
+
+def _names(value: object, name: str) -> tuple[str, ...]:
+    parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(parts, Sequence) or not parts or not all(isinstance(part, str) and part for part in parts):
+        raise _wrong(value, name, "a list of names")
+    if len(set(parts)) != len(parts):
+        raise ConfigError("a name is there twice", field=name, remedy="keep one")
+    return tuple(parts)
+
+
+_READERS: dict[type[Any], Callable[[object, str], Any]] = {
+    int: _int,
+    float: _float,
+    bool: _bool,
+    str: _str,
+    Path: _path,
+    tuple: _names,
+}
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _jsonable(part) for key, part in value.items()}
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,322 @@
+"""A whole run: rows to batches, steps, evaluation, checkpoints, resume, and the model at the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smedjan.checkpoint.atomic import write_atomic, write_errors
+from smedjan.checkpoint.dtype import to_float32
+from smedjan.checkpoint.raw import RawTensor, specs_of
+from smedjan.checkpoint.run_dir import Checkpoint, load_checkpoint, save_checkpoint, sha256_of
+from smedjan.data.dataset import Steps, TokenDataset
+from smedjan.data.formats import read_rows
+from smedjan.data.mask import Tokenized, tokenize_rows
+from smedjan.errors import CheckpointError, ConfigError
+from smedjan.hf.export import save_model
+from smedjan.hf.load import ModelFiles, open_model, open_session
+from smedjan.hf.peft import WEIGHTS as ADAPTER_WEIGHTS
+from smedjan.hf.peft import initial_adapter, write_adapter
+from smedjan.hf.tokenizer import load_tokenizer
+from smedjan.optim.adamw import AdamW
+from smedjan.optim.schedule import factor
+from smedjan.passes.lora import Lora
+from smedjan.runtime.select import backend as select_backend
+from smedjan.runtime.session import Session
+from smedjan.train.config import FinetuneConfig
+from smedjan.train.step import Trainer
+
+PAD_TO = 16
+"""Rows are padded to a multiple of this, so that a run needs few programs."""
+
+Event = dict[str, Any]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after the step was finished and a checkpoint written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run left behind. `rows` counts kept, truncated and dropped ones; `trained_share` is of all tokens."""
+
+    run_dir: Path
+    weights_sha256: str
+    rows: dict[str, int]
+    trained_share: float
+    steps: int
+    backend: str
+    exact: bool
+    plan_hash: str
+    eval_loss: float | None
+
+
+class Finetune:
+    """The parts of a run, made and checked before anything is written."""
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        self.config = config
+        self.files: ModelFiles = open_model(config.model)
+        self.tokenizer = load_tokenizer(self.files.path)
+        if self.tokenizer.vocab_size > self.files.config.vocab_size:
+            raise ConfigError(
+                f"{self.tokenizer.vocab_size} tokens for a model of {self.files.config.vocab_size}",
+                file=self.files.path / "tokenizer.json",
+                remedy="use the tokenizer that belongs to the model",
+            )
+        self.max_length = config.train.max_length_for(self.files.config.max_position_embeddings)
+        self.tokenized = self._tokenize(config.data, "train")
+        self.dataset = TokenDataset(self.tokenized.examples)
+        self.eval_dataset = None
+        if config.eval_data is not None:
+            self.eval_dataset = TokenDataset(self._tokenize(config.eval_data, "valid").examples)
+        train = config.train
+        self.steps: Steps = self.dataset.steps(
+            seed=config.seed,
+            batch_size=train.batch_size,
+            grad_accum=train.grad_accum,
+            epochs=train.epochs,
+            steps=train.steps,
+            packing=train.packing,
+            max_length=self.max_length,
+            pad_to=PAD_TO,
+        )
+        self.backend = select_backend(config.backend)
+        self.lora = None
+        if config.method == "lora":
+            lora = config.lora
+            self.lora = Lora(rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
+            shapes = self.lora.shapes(self._shapes)
+            for target in lora.targets:
+                if not any(f".{target}.lora_A" in name for name in shapes):
+                    raise ConfigError(
+                        f"no module is called {target!r}", field="lora.targets", remedy="see smedjan graph for the names"
+                    )
+
+    @property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: spec.shape for name, spec in specs_of(self.files.tensors).items()}
+
+    def _tokenize(self, path: Path, split: str) -> Tokenized:
+        train = self.config.train
+        return tokenize_rows(
+            read_rows(path, split),
+            self.tokenizer,
+            max_length=self.max_length,
+            loss_on=train.loss_on,
+            too_long=train.too_long,
+        )
+
+    def trainer(self) -> Trainer:
+        """The session with fresh adapters, and what is trained of it."""
+        config = self.config
+        session = open_session(
+            self.files, self.backend, dtype=config.dtype, attention=config.train.attention
+        )
+        names = list(session.parameters)
+        if self.lora is not None:
+            fresh = initial_adapter(self.lora, self._shapes, config.seed)
+            session.parameters.update({name: self.backend.from_raw(raw) for name, raw in fresh.items()})
+            session.lora, names = self.lora, list(fresh)
+        optim = config.optim
+        adamw = AdamW(
+            beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps, weight_decay=optim.weight_decay, clip=optim.clip
+        )
+        return Trainer(session, names, adamw, seed=config.seed)
+
+    def learning_rate(self, step: int) -> float:
+        """Of `step`, counted from 0. Warm-up ends at the peak; its first step is not zero, unlike transformers'."""
+        optim = self.config.optim
+        warmup = optim.warmup_steps(self.steps.total)
+        shifted = step + 1 if step < warmup else step
+        return self.config.learning_rate * (
+            shifted / warmup if step < warmup else factor(optim.schedule, step, total=self.steps.total, warmup=warmup)
+        )
+
+    def state(self, history: list[Event]) -> Event:
+        return {
+            "config_hash": self.config.config_hash(),
+            "data_sha256": self.dataset.fingerprint(),
+            "seed": self.config.seed,
+            "total_steps": self.steps.total,
+            "method": self.config.method,
+            "history": history,
+        }
+
+
+def evaluate_loss(session: Session, dataset: TokenDataset, *, batch_size: int, max_length: int) -> float:
+    """Mean negative log-likelihood of the trained tokens."""
+    total = 0.0
+    for batch in dataset.batches(batch_size=batch_size, max_length=max_length, pad_to=PAD_TO):
+        loss, _ = session.micro(batch, (), num_items=1.0)
+        total += float(to_float32(session.backend.to_raw(loss))[0])
+    return total / dataset.trained_tokens
+
+
+def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None = None) -> Run:
+    """Trains, checkpoints and saves. `on_step` sees every event that the log gets, as it is written."""
+    assert config.out is not None, "a dry run is `plan`"
+    parts = Finetune(config)
+    out = config.out
+    found = load_checkpoint(out) if out.exists() else None
+    if out.exists() and not config.resume and (found is not None or any(out.iterdir())):
+        raise ConfigError("exists already", file=out, field="out", remedy="give --resume, or another directory")
+    trainer = parts.trainer()
+    start, history = 0, []
+    if found is not None:
+        start, history = _resume(parts, trainer, found, out)
+    log = _Log(out / "smedjan" / "log.jsonl", start, on_step)
+    leg = {"backend": parts.backend.name, "from_step": start, "plan": trainer.update.plan_hash}
+    history = [*history, leg]
+    name = ADAPTER_WEIGHTS if parts.lora is not None else "model.safetensors"
+
+    def save(step: int) -> None:
+        save_checkpoint(
+            out,
+            step,
+            weights=trainer.weights(),
+            optimizer=trainer.optimizer_state(),
+            state=parts.state(history),
+            weights_name=name,
+        )
+
+    eval_loss = None
+    with _patient_interrupt() as interrupted:
+        for step in range(start, parts.steps.total):
+            batches = parts.steps.batches_for_step(step)
+            lr, began = parts.learning_rate(step), time.perf_counter()
+            loss, norm = trainer.step(batches, number=step + 1, lr=lr)
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise ConfigError(
+                    f"loss {loss:g}, gradient norm {norm:g} at step {step + 1}",
+                    field="optim.lr",
+                    remedy="lower --optim.lr; the last checkpoint is whole",
+                )
+            tokens, seconds = sum(b.tokens for b in batches), time.perf_counter() - began
+            log.write(
+                {
+                    "step": step + 1,
+                    "loss": loss,
+                    "grad_norm": norm,
+                    "lr": lr,
+                    "tokens": tokens,
+                    "trained_tokens": sum(b.trained_tokens for b in batches),
+                    "tokens_per_s": tokens / seconds,
+                    "peak_bytes": parts.backend.peak_memory(),
+                }
+            )
+            last = step + 1 == parts.steps.total
+            if parts.eval_dataset is not None and (last or _due(config.train.eval_every, step)):
+                eval_loss = evaluate_loss(
+                    trainer.session, parts.eval_dataset, batch_size=config.train.batch_size, max_length=parts.max_length
+                )
+                log.write({"step": step + 1, "eval_loss": eval_loss})
+            if last or interrupted() or _due(config.train.save_every, step):
+                save(step + 1)
+            if interrupted() and not last:
+                raise Interrupted(f"stopped after step {step + 1}; go on with --resume")
+    weights = trainer.weights()
+    _save_result(parts, weights, out)
+    examples = parts.tokenized
+    plan_hash = next(iter(trainer.session._programs.values())).plan_hash if trainer.session._programs else ""
+    counts = examples.counts
+    run = Run(
+        run_dir=out,
+        weights_sha256=sha256_of(weights),
+        rows={"kept": counts.kept, "truncated": counts.truncated, "dropped": counts.dropped},
+        trained_share=parts.dataset.trained_tokens / parts.dataset.tokens,
+        steps=parts.steps.total,
+        backend=parts.backend.name,
+        exact=parts.backend.exact,
+        plan_hash=plan_hash,
+        eval_loss=eval_loss,
+    )
+    _write_plan(trainer.session, out / "smedjan" / "plan.json", run)
+    return run
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and (step + 1) % every == 0
+
+
+def _resume(parts: Finetune, trainer: Trainer, found: Checkpoint, out: Path) -> tuple[int, list[Event]]:
+    for key, value in parts.state([]).items():
+        if key != "history" and found.state.get(key) != value:
+            raise CheckpointError(
+                f"the run was started with another {key}",
+                file=found.path / "smedjan" / "state.json",
+                field=key,
+                remedy="resume with the same data, seed and flags, or start a new --out",
+            )
+    trainer.restore(found.weights, found.optimizer)
+    return found.step, list(found.state.get("history", []))
+
+
+def _save_result(parts: Finetune, weights: Mapping[str, RawTensor], out: Path) -> None:
+    if parts.lora is None:
+        save_model(out, parts.files.data, weights, parts.files.path, into_run=True)
+        return
+    write_adapter(out, parts.lora, weights, base=str(parts.config.model))
+
+
+def _write_plan(session: Session, file: Path, run: Run) -> None:
+    counted: dict[tuple[str, str], int] = {}
+    for program in list(session._programs.values())[:1]:
+        for row in program.lowerings():
+            counted[row["op"], row["lowering"]] = counted.get((row["op"], row["lowering"]), 0) + row["count"]
+    ops = [{"op": op, "count": count, "lowering": label} for (op, label), count in counted.items()]
+    plan = {"backend": run.backend, "exact": run.exact, "plan_hash": run.plan_hash, "ops": ops}
+    write_atomic(file, (json.dumps(plan, indent=2) + "\n").encode())
+
+
+class _Log:
+    """`log.jsonl`: one object a line, appended; lines past the step resumed from are dropped first."""
+
+    def __init__(self, path: Path, start: int, on_step: Callable[[Event], None] | None) -> None:
+        with write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    event = json.loads(line)
+                except ValueError:  # the line that a kill cut short
+                    continue
+                if event.get("step", 0) <= start:
+                    kept.append(line)
+        write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
+        self.path, self.on_step = path, on_step
+
+    def write(self, event: Event) -> None:
+        with write_errors(self.path), self.path.open("a") as file:
+            file.write(json.dumps(event) + "\n")
+        if self.on_step is not None:
+            self.on_step(event)
+
+
+@contextmanager
+def _patient_interrupt() -> Iterator[Callable[[], bool]]:
+    """Within, the first Ctrl-C only asks to stop after the step; a second one stops at once."""
+    import threading
+
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def handler(signum: int, frame: Any) -> None:
+        asked.append(signum)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,82 @@
+"""One optimizer step: micro-batches, accumulation, clip and update, all on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from smedjan.backends.base import Array
+from smedjan.checkpoint.raw import RawTensor
+from smedjan.data.collate import Batch
+from smedjan.optim.adamw import AdamW
+from smedjan.runtime.session import Session
+
+MASK32 = 0xFFFFFFFF
+
+
+class Trainer:
+    """Trains `names` of a session's parameters. `state` holds the optimizer's arrays as `exp_avg.NAME`, ..."""
+
+    def __init__(self, session: Session, names: Sequence[str], optimizer: AdamW, *, seed: int = 0) -> None:
+        self.session, self.names, self.optimizer, self.seed = session, tuple(names), optimizer, seed
+        self.shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+        for name in self.names:
+            raw = session.backend.to_raw(session.parameters[name])
+            self.shapes[name] = (raw.shape, raw.dtype)
+        graph = optimizer.graph(self.shapes, exact=session.backend.exact)
+        self.update = session.finish(graph)
+        self.state: dict[str, Array] = {
+            f"{kind}.{name}": session.backend.zeros(shape, dtype)
+            for name, (shape, dtype) in self.shapes.items()
+            for kind in optimizer.state
+        }
+
+    def step(self, batches: Sequence[Batch], *, number: int, lr: float) -> tuple[float, float]:
+        """Step `number` (from 1) over its micro-batches: loss (mean over the step's trained tokens), gradient norm.
+
+        Every micro-batch's loss is divided by the trained tokens of the whole step, so that how the rows are split
+        cannot change it.
+        """
+        session = self.session
+        num_items = sum(batch.trained_tokens for batch in batches)
+        assert num_items > 0, "a step without a trained token"
+        totals: dict[str, Array] | None = None
+        losses = []
+        for micro, batch in enumerate(batches):
+            key = (self.seed & MASK32, self.seed >> 32, number, micro)
+            loss, totals = session.micro(batch, self.names, num_items=num_items, totals=totals, dropout_key=key)
+            losses.append(loss)
+        assert totals is not None
+        made = self.update(self._inputs(totals, number, lr))
+        for name in self.names:
+            session.parameters[name] = made[name]
+        self.state = {name: made[name] for name in self.state}
+        return sum(self._float(loss) for loss in losses), self._float(made["grad_norm"])
+
+    def _inputs(self, grads: Mapping[str, Array], number: int, lr: float) -> dict[str, Any]:
+        backend = self.session.backend
+        return {
+            **{name: self.session.parameters[name] for name in self.names},
+            **{f"grad.{name}": array for name, array in grads.items()},
+            **self.state,
+            "lr": backend.scalar(lr),
+            "step": backend.scalar(number),
+        }
+
+    def _float(self, scalar: Array) -> float:
+        from smedjan.checkpoint.dtype import to_float32
+
+        return float(to_float32(self.session.backend.to_raw(scalar))[0])
+
+    def weights(self) -> dict[str, RawTensor]:
+        """The trained parameters, on the host."""
+        return {name: self.session.backend.to_raw(self.session.parameters[name]) for name in self.names}
+
+    def optimizer_state(self) -> dict[str, RawTensor]:
+        return {name: self.session.backend.to_raw(array) for name, array in self.state.items()}
+
+    def restore(self, weights: Mapping[str, RawTensor], state: Mapping[str, RawTensor]) -> None:
+        """Takes over a checkpoint's tensors, whichever backend wrote them."""
+        from_raw = self.session.backend.from_raw
+        self.session.parameters.update({name: from_raw(weights[name]) for name in self.names})
+        self.state = {name: from_raw(state[name]) for name in self.state}

@@ -1,0 +1,199 @@
+"""A case for every op: small, odd shapes. Gradients reach the backward ops."""
+
+from __future__ import annotations
+
+import torch
+from mlx_pair import Case
+
+from smedjan.ops import attention as att
+from smedjan.ops import elementwise as el
+from smedjan.ops import embedding as emb
+from smedjan.ops import glu, linear, loss, norm, optimizer, random, rope
+from smedjan.ops.cache import kv_read, kv_write
+
+_generator = torch.Generator().manual_seed(0)
+
+
+def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(shape, generator=_generator) * scale
+
+
+def integers(high: int, *shape: int) -> torch.Tensor:
+    return torch.randint(high, shape, generator=_generator)
+
+
+def _elementwise() -> dict[str, Case]:
+    x, pair = {"x": normal(3, 5, 7)}, {"a": normal(3, 5, 7), "b": normal(5, 1)}
+    scalar = {"s": torch.tensor(0.37)}
+    positive = {"x": normal(3, 7).abs() + 0.5}
+    fixed = frozenset({"s"})
+    return {
+        "add": Case(lambda i: el.add(i["a"], i["b"]), pair, ("a", "b"), 21),
+        "mul": Case(lambda i: el.mul(i["a"], i["b"]), pair, ("a", "b"), 21),
+        "scale": Case(lambda i: el.scale(i["x"], factor=0.3), x, ("x",)),
+        "scale_by": Case(lambda i: el.scale_by(i["x"], i["s"]), {**x, **scalar}, fixed=fixed),
+        "divide_by": Case(lambda i: el.divide_by(i["x"], i["s"]), {**x, **scalar}, ("x",), fixed=fixed),
+        "add_scalar": Case(lambda i: el.add_scalar(i["x"], value=0.1), x, ("x",)),
+        "square": Case(lambda i: el.square(i["x"]), x, ("x",)),
+        "rsqrt": Case(lambda i: el.rsqrt(i["x"]), positive, ("x",)),
+        "silu": Case(lambda i: el.silu(i["x"]), x, ("x",)),
+        "reshape": Case(lambda i: el.identity(el.reshape(i["x"], shape=(7, 15))), x, ("x",)),
+        "cast": Case(lambda i: el.cast(el.cast(i["x"], "bfloat16"), i["x"].dtype), x, ("x",)),
+        "ones": Case(lambda i: el.scale_by(i["x"], el.ones(graph=i["x"].graph)), x),
+        "mean_last": Case(lambda i: norm.mean_last(i["x"]), x, ("x",), 7),
+    }
+
+
+def _rows() -> dict[str, Case]:
+    ids = {"ids": integers(11, 2, 9), "w": normal(11, 5)}
+    rows = {"x": normal(9, 5), "rows": torch.tensor([7, 0, 4])}
+    return {
+        "embedding": Case(lambda i: emb.embedding(i["ids"], i["w"]), ids, ("w",), 18),
+        "embedding_padding": Case(lambda i: emb.embedding(i["ids"], i["w"], padding_idx=3), ids, ("w",), 18),
+        "take_rows": Case(lambda i: emb.take_rows(i["x"], i["rows"]), rows, ("x",)),
+    }
+
+
+def _linear() -> dict[str, Case]:
+    arrays = {"x": normal(2, 5, 13), "w": normal(7, 13), "b": normal(7)}
+    mats = {"a": normal(2, 3, 5, 7), "b": normal(2, 3, 7, 4)}
+    return {
+        "linear": Case(lambda i: linear.linear(i["x"], i["w"], i["b"]), arrays, ("x", "w", "b"), 13),
+        "linear_no_bias": Case(lambda i: linear.linear(i["x"], i["w"]), arrays, ("x", "w"), 13),
+        "matmul": Case(lambda i: linear.matmul(i["a"], i["b"]), mats, ("a", "b"), 7),
+        "transpose_last": Case(lambda i: linear.transpose_last(i["a"]), mats, ("a",)),
+    }
+
+
+def _norm(rows: int, dim: int, cast: str) -> Case:
+    """The residual read after the norm makes its cotangent wait: `acc`."""
+    return Case(
+        lambda i: el.add(i["x"], norm.rms_norm(i["x"], i["w"], eps=1e-5, weight_cast=cast)),
+        {"x": normal(2, rows, dim), "w": 1 + normal(dim, scale=0.2)},
+        ("x", "w"),
+        dim + 2 * rows,
+    )
+
+
+def _rope(dim: int, rope_type: str) -> Case:
+    def build(i):
+        cos, sin = rope.rope_tables(
+            i["pos"],
+            head_dim=dim,
+            theta=10000.0,
+            dtype=i["x"].dtype,
+            rope_type=rope_type,
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=512,
+        )
+        return rope.rope(i["x"], cos, sin), cos, sin
+
+    return Case(build, {"x": normal(2, 3, 5, dim), "pos": torch.arange(5)[None] * 211}, ("x",))
+
+
+def _attention(heads: int, groups: int, seq: int, keys: int, dim: int, mask: str, kind: str = "attention") -> Case:
+    arrays = {"q": normal(2, heads, seq, dim), "k": normal(2, groups, keys, dim), "v": normal(2, groups, keys, dim)}
+    if mask == "padded":
+        seen = torch.ones(2, keys, dtype=torch.bool)
+        seen[0, :2] = False
+        arrays["mask"] = seen
+    if mask == "packed":
+        arrays["mask"] = torch.tensor([[0] * 2 + [1] * (keys - 2), [0] * (keys - 1) + [1]])
+
+    def build(i):
+        made = None
+        if mask == "padded":
+            made = att.padding_mask(i["mask"], queries=seq)
+        if mask == "packed":
+            made = att.document_mask(i["mask"])
+        if mask == "lower":
+            made = att.causal_mask(i["ids"], keys=keys)
+        attrs = {"causal": mask == "causal" and seq > 1, "scale": dim**-0.5}
+        if kind == "sdpa":
+            return att.sdpa(i["q"], i["k"], i["v"], made, **attrs)
+        return att.attention(i["q"], i["k"], i["v"], made, implementation=kind.replace("attention", "sdpa"), **attrs)
+
+    if mask == "lower":
+        arrays["ids"] = integers(5, 2, seq)
+    return Case(build, arrays, ("q", "k", "v") if seq > 1 else (), max(keys, dim))
+
+
+def _heads() -> dict[str, Case]:
+    x, split = {"x": normal(2, 5, 12)}, {"x": normal(2, 4, 5, 3)}
+    seen = {"m": torch.tensor([[False, True, True], [True, True, True]]), "x": normal(2, 1, 3, 3)}
+
+    def bias(i):
+        mask = att.padding_mask(i["m"], queries=3)
+        return att.softmax(el.add(i["x"], att.mask_to_bias(mask, dtype=i["x"].dtype)))
+
+    return {
+        "split_heads": Case(lambda i: att.split_heads(i["x"], heads=4), x, ("x",)),
+        "merge_heads": Case(lambda i: att.merge_heads(i["x"]), split, ("x",)),
+        "repeat_kv": Case(lambda i: att.contiguous(att.repeat_kv(i["x"], times=3)), split, ("x",), 3),
+        "softmax": Case(lambda i: att.softmax(i["x"]), split, ("x",), 3),
+        "mask_to_bias": Case(bias, seen, ("x",), 3),
+        "rotate_half": Case(lambda i: rope.rotate_half(i["x"]), x, ("x",)),
+    }
+
+
+def _loss() -> dict[str, Case]:
+    labels = torch.tensor([3, -100, 0, 16, -100])
+    head = {"x": normal(5, 6), "w": normal(17, 6), "labels": labels, "n": torch.tensor(3.0)}
+    scores = {"x": normal(5, 17), "labels": labels}
+    fixed = frozenset({"n"})
+
+    def fused(grads):
+        return lambda i: loss.linear_cross_entropy(i["x"], i["w"], i["labels"], i["n"], grads=grads)
+
+    return {
+        "log_softmax": Case(lambda i: loss.log_softmax(i["x"]), scores, ("x",), 17),
+        "nll_loss": Case(lambda i: loss.nll_loss(i["x"], i["labels"]), scores, ("x",), 3),
+        "linear_cross_entropy": Case(fused("xw"), head, ("x", "w"), 17, fixed),
+        "linear_cross_entropy_x": Case(fused("x"), head, ("x",), 17, fixed),
+        "linear_cross_entropy_none": Case(fused(""), head, (), 17, fixed),
+    }
+
+
+def _random() -> dict[str, Case]:
+    arrays = {"x": normal(3, 5, 7), "key": torch.tensor([2**32 - 1, 5, 9, 2])}
+    return {
+        "dropout": Case(lambda i: random.dropout(i["x"], i["key"], p=0.3, site=4), arrays, ("x",)),
+        "keep_mask": Case(lambda i: random.keep_mask(i["key"], shape=(3, 7), p=0.3, site=1), arrays),
+    }
+
+
+def _optimizer() -> dict[str, Case]:
+    grads = {"a": normal(5, 7), "b": normal(11)}
+    return {
+        "accumulate": Case(lambda i: optimizer.accumulate(i["x"], i["g"]), {"x": normal(3, 5), "g": normal(3, 5)}),
+        "global_norm": Case(lambda i: optimizer.global_norm(i["a"], i["b"]), grads, depth=46),
+        "clip": Case(lambda i: optimizer.clip_coefficient(optimizer.global_norm(i["a"], i["b"]), max_norm=1.0), grads),
+    }
+
+
+CASES: dict[str, Case] = {
+    **_elementwise(),
+    **_rows(),
+    **_linear(),
+    **{f"rms_norm_{cast}_{dim}": _norm(5, dim, cast) for cast in ("before", "after") for dim in (1, 33)},
+    **{f"rope_{kind}_{dim}": _rope(dim, kind) for kind in ("default", "linear", "llama3") for dim in (2, 64)},
+    "glu": Case(lambda i: glu.glu(i["a"], i["b"]), {"a": normal(3, 7, scale=3), "b": normal(3, 7)}, ("a", "b")),
+    **_heads(),
+    "attention_causal": _attention(6, 2, 7, 7, 10, "causal"),
+    "attention_one_head": _attention(1, 1, 5, 5, 3, "causal"),
+    "attention_full": _attention(4, 4, 3, 9, 8, "none"),
+    "attention_padded": _attention(4, 2, 7, 7, 6, "padded"),
+    "attention_packed": _attention(4, 2, 7, 7, 6, "packed"),
+    "attention_lower": _attention(3, 3, 6, 6, 6, "lower", "eager"),
+    "attention_decode": _attention(6, 2, 1, 9, 16, "none"),
+    "attention_decode_padded": _attention(6, 2, 1, 9, 16, "padded"),
+    "sdpa": _attention(4, 2, 7, 7, 64, "causal", "sdpa"),
+    **_loss(),
+    **_random(),
+    **_optimizer(),
+}
+
+CACHE_OPS = {kv_write.name, kv_read.name}
+"""Run by their own test: their positions are host integers."""
