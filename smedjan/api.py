@@ -14,13 +14,13 @@ from smedjan.checkpoint.raw import RawTensor, specs_of
 from smedjan.checkpoint.run_dir import sha256_of
 from smedjan.data.collate import IGNORE, Batch
 from smedjan.errors import ConfigError, DataError
+from smedjan.evaluate.run import EvalReport, evaluate
 from smedjan.generate.loop import generate
 from smedjan.generate.sampling import Sampling
 from smedjan.hf.export import save_model
 from smedjan.hf.import_model import ImportReport, import_model
-from smedjan.hf.load import ModelFiles, open_model, open_session
+from smedjan.hf.load import ModelFiles, open_model, open_session, resolve
 from smedjan.hf.parity import ParityReport, parity
-from smedjan.hf.peft import CONFIG as ADAPTER_CONFIG
 from smedjan.hf.peft import MergeReport, merged_weights, read_adapter
 from smedjan.hf.tokenizer import Tokenizer, load_tokenizer
 from smedjan.passes.lora import Lora
@@ -31,6 +31,7 @@ from smedjan.train.finetune import Run, finetune
 from smedjan.train.plan import Plan, plan
 
 __all__ = [
+    "EvalReport",
     "FinetuneConfig",
     "ImportReport",
     "MergeReport",
@@ -38,6 +39,7 @@ __all__ = [
     "ParityReport",
     "Plan",
     "Run",
+    "evaluate",
     "finetune",
     "import_model",
     "load",
@@ -75,9 +77,7 @@ class Model:
 
         batch: input_ids, labels (-100 = not trained; not shifted) and, optionally, attention_mask, [batch, seq].
         """
-        made = _batch(
-            batch["input_ids"], batch.get("attention_mask"), batch["labels"], self.session.config.vocab_size
-        )
+        made = _batch(batch["input_ids"], batch.get("attention_mask"), batch["labels"], self.session.config.vocab_size)
         if made.trained_tokens == 0:
             raise DataError("no token is trained", field="labels", remedy="give a label other than -100")
         names = list(self.session.parameters) if wrt is None else list(wrt)
@@ -138,30 +138,13 @@ def load(
         )
     if attention not in ("sdpa", "eager"):
         raise ConfigError(f"is {attention!r}", field="attention", remedy="give sdpa or eager")
-    where = Path(path)
-    if adapter is None and (where / ADAPTER_CONFIG).is_file() and not (where / "config.json").is_file():
-        adapter, path = where, _base_of(where)
-    files = open_model(path)
-    session = open_session(
-        files, chosen, dtype=dtype, attention=attention, adapter=None if adapter is None else Path(adapter)
-    )
+    base, laid = resolve(path, adapter)
+    files = open_model(base)
+    session = open_session(files, chosen, dtype=dtype, attention=attention, adapter=laid)
     return Model(files, session)
 
 
-def _base_of(adapter: Path) -> str:
-    from smedjan.models.config import read_json_object
-
-    base = read_json_object(adapter / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not isinstance(base, str):
-        raise ConfigError(
-            "names no base model", file=adapter / ADAPTER_CONFIG, field="base_model_name_or_path", remedy="give the base"
-        )
-    return base
-
-
-def merge(
-    base: str | Path, adapter: str | Path, out: str | Path, *, dtype: str | None = None
-) -> MergeReport:
+def merge(base: str | Path, adapter: str | Path, out: str | Path, *, dtype: str | None = None) -> MergeReport:
     """A new model directory with the adapter's product added to the weights, in float32, rounded once."""
     files = open_model(base)
     lora, tensors = read_adapter(Path(adapter))

@@ -29,7 +29,9 @@ class Sampling:
             ("repetition_penalty", self.repetition_penalty is None or self.repetition_penalty > 0),
         ):
             if not good:
-                raise ConfigError(f"{getattr(self, name)} is out of range", field=name, remedy="see smedjan generate --help")
+                raise ConfigError(
+                    f"{getattr(self, name)} is out of range", field=name, remedy="see smedjan generate --help"
+                )
 
 
 def choose(logits: np.ndarray, seen: list[int], sampling: Sampling, step: int) -> int:
@@ -56,7 +58,7 @@ def choose(logits: np.ndarray, seen: list[int], sampling: Sampling, step: int) -
         probabilities[probabilities < sampling.min_p * probabilities.max()] = 0.0
     cumulative = np.cumsum(probabilities / probabilities.sum())
     draw = np.random.Generator(np.random.PCG64(np.random.SeedSequence([sampling.seed, step]))).random()
-    return int(min(np.searchsorted(cumulative, draw, side="right"), len(cumulative) - 1))
+    return min(int(np.searchsorted(cumulative, draw, side="right")), len(cumulative) - 1)
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:

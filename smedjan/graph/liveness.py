@@ -15,9 +15,9 @@ def last_uses(nodes: Sequence[Node], graph: Graph) -> list[list[Tensor]]:
     for position, node in enumerate(nodes):
         for tensor in node.outputs:
             last[tensor] = position  # a value that nobody reads dies at once
-        for tensor in node.inputs:
-            if tensor is not None:
-                last[tensor] = position
+        for read in node.inputs:
+            if read is not None:
+                last[read] = position
     freed: list[list[Tensor]] = [[] for _ in nodes]
     for tensor, position in last.items():
         if tensor not in kept and tensor.node.op is not INPUT:
@@ -26,13 +26,15 @@ def last_uses(nodes: Sequence[Node], graph: Graph) -> list[list[Tensor]]:
 
 
 def peak_bytes(nodes: Sequence[Node], graph: Graph) -> int:
-    """The largest sum of bytes of values alive at once, inputs included. Views are counted as copies: an upper bound."""
+    """The largest sum of bytes of values alive at once, inputs included. Views count as copies: an upper bound."""
     alive = sum(tensor.nbytes for tensor in graph.inputs.values())
     peak = alive
     for node, freed in zip(nodes, last_uses(nodes, graph), strict=True):
         if node.op is not INPUT:
             alive += sum(
-                tensor.nbytes for index, tensor in enumerate(node.outputs) if not (index == 0 and node.op.donates is not None)
+                tensor.nbytes
+                for index, tensor in enumerate(node.outputs)
+                if not (index == 0 and node.op.donates is not None)
             )
         peak = max(peak, alive)
         alive -= sum(tensor.nbytes for tensor in freed)

@@ -14,7 +14,7 @@ from typing import Any
 from smedjan.errors import BackendError
 from smedjan.graph.node import Node
 
-Supports = Callable[[Node], bool]
+Supports = Callable[[Any], bool]
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,11 +87,7 @@ class Op:
         cached = _DEFAULTS.get(self.name)
         if cached is None:
             kinds = inspect.signature(self.rule).parameters.values()
-            cached = {
-                p.name: p.default
-                for p in kinds
-                if p.kind is p.KEYWORD_ONLY and p.default is not p.empty
-            }
+            cached = {p.name: p.default for p in kinds if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
             _DEFAULTS[self.name] = cached
         return cached
 
@@ -129,7 +125,7 @@ OPS: dict[str, Op] = {}
 def op(
     rule: Callable[..., Any] | None = None,
     *,
-    cost: Callable[[Node], int] | None = None,
+    cost: Callable[[Any], int] | None = None,
     saves: tuple[str, ...] = (),
     donates: int | None = None,
     pure: bool = True,

@@ -39,7 +39,7 @@ def line(node: Node) -> str:
     return f"{outs} = {node.op.name}({ins}){attrs}{scope}"
 
 
-def _reference(tensor) -> str:  # noqa: ANN001
+def _reference(tensor) -> str:
     node = tensor.node
     return str(node.attrs["name"]) if node.op is INPUT else f"%{node.id}.{tensor.index}"
 

@@ -96,7 +96,7 @@ class Program:
         return [{"op": op, "count": count, "lowering": label} for (op, label), count in counted.most_common()]
 
     def _hash(self) -> str:
-        """Sixteen hex digits over backend, ops, attributes, wiring, shapes and rules: equal plans are equal programs."""
+        """Sixteen hex digits over backend, ops, attributes, wiring and rules: equal plans are equal programs."""
         digest = hashlib.sha256(self.backend.encode())
         for name, tensor in self.graph.inputs.items():
             digest.update(f"{name}:{tensor.dtype}{tensor.shape}".encode())

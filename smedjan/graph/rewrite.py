@@ -45,10 +45,10 @@ class Replay:
             self.map[old] = self.graph.input(node.attrs["name"], old.shape, old.dtype)
             return
         inputs = self.inputs(node)
-        for old, new in zip(node.inputs, inputs, strict=True):
-            if old is not None and new is None:
+        for source, new in zip(node.inputs, inputs, strict=True):
+            if source is not None and new is None:
                 raise BackendError(
-                    f"{node.op.name} reads what {old.node.op.name} saves, which was decomposed away",
+                    f"{node.op.name} reads what {source.node.op.name} saves, which was decomposed away",
                     field=node.op.name,
                     remedy="lower both ops or neither",
                 )

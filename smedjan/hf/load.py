@@ -1,4 +1,4 @@
-"""A model directory as a live Session: the config read strictly, every tensor checked, weights converted where asked."""
+"""A model directory as a live Session: config read strictly, every tensor checked, weights converted where asked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from smedjan.checkpoint.dtype import convert
 from smedjan.checkpoint.raw import RawTensor, specs_of
 from smedjan.errors import CheckpointError, ConfigError
 from smedjan.hf.import_model import match_tensors, read_source
+from smedjan.hf.peft import CONFIG as ADAPTER_CONFIG
 from smedjan.hf.peft import read_adapter
+from smedjan.models.config import read_json_object
 from smedjan.models.llama import LlamaConfig
 from smedjan.models.registry import ARCHITECTURES, read_config
 from smedjan.runtime.session import Session
@@ -22,7 +24,7 @@ COMPUTED = ("float32", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
-    """What a directory holds: `data` is its config.json as read, `tensors` are mapped, in `named_parameters()` order."""
+    """What a directory holds: `data` is its config.json as read, `tensors` are mapped, in HF's parameter order."""
 
     path: Path
     data: dict[str, Any]
@@ -43,14 +45,38 @@ def open_model(path: str | Path) -> ModelFiles:
     return ModelFiles(path=folder, data=read.config, config=config, tensors=tensors, dtype=dtype)
 
 
+def resolve(path: str | Path, adapter: str | Path | None) -> tuple[str | Path, Path | None]:
+    """(base model, adapter): a directory that holds an adapter alone is loaded with the base that it names."""
+    where = Path(path)
+    if adapter is not None or not (where / ADAPTER_CONFIG).is_file() or (where / "config.json").is_file():
+        return path, None if adapter is None else Path(adapter)
+    base = read_json_object(where / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise ConfigError(
+            "names no base model",
+            file=where / ADAPTER_CONFIG,
+            field="base_model_name_or_path",
+            remedy="give the base model and --adapter",
+        )
+    return base, where
+
+
 def open_session(
-    files: ModelFiles, backend: Backend, *, dtype: str | None = None, attention: str = "sdpa", adapter: Path | None = None
+    files: ModelFiles,
+    backend: Backend,
+    *,
+    dtype: str | None = None,
+    attention: str = "sdpa",
+    adapter: Path | None = None,
 ) -> Session:
     """Weights on the backend. `adapter` is a directory in PEFT's layout, laid beside the frozen weights."""
     chosen = dtype or files.dtype
     if chosen not in COMPUTED:
         raise ConfigError(
-            f"{chosen} is not computed in", file=files.path, field="dtype", remedy=f"give --dtype {' or '.join(COMPUTED)}"
+            f"{chosen} is not computed in",
+            file=files.path,
+            field="dtype",
+            remedy=f"give --dtype {' or '.join(COMPUTED)}",
         )
     parameters = {name: backend.from_raw(convert(tensor, chosen)) for name, tensor in files.tensors.items()}
     lora = None
@@ -60,7 +86,9 @@ def open_session(
         for name, shape in expected.items():
             if name not in tensors or tensors[name].shape != shape:
                 raise CheckpointError(
-                    "is missing" if name not in tensors else f"has shape {list(tensors[name].shape)}, not {list(shape)}",
+                    "is missing"
+                    if name not in tensors
+                    else f"has shape {list(tensors[name].shape)}, not {list(shape)}",
                     file=adapter,
                     field=name,
                     remedy="give the model that this adapter was trained on",

@@ -1,4 +1,4 @@
-"""Parity: this model on a backend against `transformers`, case by case. 
+"""Parity: this model on a backend against `transformers`, case by case.
 
 On the exact backend a case holds when every element is equal to the bit. On a fast one it holds when
 error <= 2 e_torch + 2 u max|ref|: `ref` is transformers in float64, e_torch the error of transformers in the case's own
@@ -63,7 +63,6 @@ class ParityReport:
         return bool(self.cases) and all(case.holds for case in self.cases)
 
 
-
 def parity(
     path: str | Path,
     *,
@@ -104,7 +103,10 @@ def _cases(
                 ours, theirs = _ours(session, batch), peer.run(batch)
                 reference = None if truth is None else truth.run(batch)
                 for mode in ("logits", "gradients", "decode"):
-                    yield _case(mode, ours[mode], theirs[mode], reference and reference[mode], dtype, implementation, padding)
+                    ref = None if reference is None else reference[mode]
+                    yield _case(mode, ours[mode], theirs[mode], ref, dtype, implementation, padding)
+                        mode, ours[mode], theirs[mode], None if reference is None else reference[mode], dtype, implementation, padding
+                    )
 
 
 def _case(

@@ -29,7 +29,9 @@ class Peer:
         from transformers import AutoModelForCausalLM
 
         if not (files.path / "config.json").is_file():
-            raise BackendError("transformers needs a model directory", file=files.path, remedy="smedjan import it first")
+            raise BackendError(
+                "transformers needs a model directory", file=files.path, remedy="smedjan import it first"
+            )
         self.exact = dtype != "float64"
         model = AutoModelForCausalLM.from_pretrained(
             files.path,

@@ -66,7 +66,9 @@ def read_adapter(directory: Path) -> tuple[Lora, Mapping[str, RawTensor]]:
         raise ConfigError(f"cannot be read: {error}", file=file, remedy="give a directory in PEFT's layout") from error
     for key, allowed in PLAIN.items():
         if config.get(key, allowed[0]) not in allowed:
-            raise ConfigError(f"{config[key]!r} is not supported", file=file, field=key, remedy=f"only {allowed[0]!r} is")
+            raise ConfigError(
+                f"{config[key]!r} is not supported", file=file, field=key, remedy=f"only {allowed[0]!r} is"
+            )
     targets = config.get("target_modules")
     if not isinstance(targets, list) or not targets:
         raise ConfigError("must be a list of module names", file=file, field="target_modules", remedy="list them")
@@ -78,12 +80,14 @@ def read_adapter(directory: Path) -> tuple[Lora, Mapping[str, RawTensor]]:
             targets=tuple(targets),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"is missing or no number: {error}", file=file, field="r", remedy="save it with PEFT") from error
+        raise ConfigError(
+            f"is missing or no number: {error}", file=file, field="r", remedy="save it with PEFT"
+        ) from error
     return lora, open_file(directory / WEIGHTS)
 
 
 def initial_adapter(lora: Lora, shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, RawTensor]:
-    """A uniform in +-1 / sqrt(in) (PEFT's kaiming_uniform with a = sqrt 5), B zero; a pure function of seed and site."""
+    """A uniform in +-1 / sqrt(in) (PEFT's kaiming_uniform with a = sqrt 5), B zero; from seed and site alone."""
     made = {}
     for site, (name, shape) in enumerate(lora.shapes(shapes).items()):
         if ".lora_A." in name:
@@ -92,7 +96,7 @@ def initial_adapter(lora: Lora, shapes: Mapping[str, tuple[int, ...]], seed: int
             values = generator.uniform(-bound, bound, size=shape).astype(np.float32)
         else:
             values = np.zeros(shape, dtype=np.float32)
-        made[name] = RawTensor(dtype="float32", shape=shape, data=memoryview(values.reshape(-1)).cast("B"))
+        made[name] = RawTensor.of(values)
     return made
 
 

@@ -80,7 +80,7 @@ def _(dys, ins, outs, needs, acc):
 
 @op
 def padding_mask(attention_mask: Tensor, *, queries: int) -> Spec:
-    """m[b, 0, i, j] = key j is no padding and j <= i + S - T.       attention_mask [B, S] bool -> m [B, 1, T, S] bool"""
+    """m[b, 0, i, j] = key j is no padding and j <= i + S - T.   attention_mask [B, S] bool -> m [B, 1, T, S] bool"""
     batch, keys = attention_mask.shape
     return Spec((batch, 1, queries, keys), "bool")
 
@@ -161,7 +161,9 @@ def sdpa_bwd(
     causal: bool,
     scale: float,
 ) -> tuple[Spec, Spec, Spec]:
-    """dv = p^T dy;  ds = p (dy v^T - rowsum(dy y));  dq = scale ds k;  dk = scale ds^T q;  p = exp(scale q k^T - lse)"""
+    """dv = p^T dy;  ds = p (dy v^T - rowsum(dy y));  dq = scale ds k;  dk = scale ds^T q
+
+    with p = exp(scale q k^T - lse)"""
     return q.like(), k.like(), v.like()
 
 

@@ -1,4 +1,4 @@
-"""Elementwise ops and the sums that undo a broadcast. Arithmetic runs in the inputs' dtype; casts are nodes of their own."""
+"""Elementwise ops and the sums that undo a broadcast. Arithmetic runs in the inputs' dtype; casts are nodes."""
 
 from __future__ import annotations
 

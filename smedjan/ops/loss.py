@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head. Labels are shifted by the host: labels[i] is the target of row i, -100 not trained."""
+"""Cross-entropy of a linear head. Labels are shifted by the host: labels[i] is row i's target, -100 not trained."""
 
 from __future__ import annotations
 

@@ -42,7 +42,8 @@ def adamw_update(
 ) -> tuple[Spec, Spec, Spec]:
     """AdamW (Loshchilov & Hutter 2019, algorithm 2), updating param, exp_avg and exp_avg_sq in place.
 
-    p -= lr wd p;  m += (1 - b1)(g - m);  v = b2 v + (1 - b2) g^2;  p -= lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps)
+    p -= lr wd p;  m += (1 - b1)(g - m);  v = b2 v + (1 - b2) g^2
+    p -= lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps)
     with g = grad * grad_scale (the clip's coefficient). lr (float) and step = t (integer, from 1) are host scalars.
     """
     require(param.shape == grad.shape == exp_avg.shape == exp_avg_sq.shape, f"adamw_update: {param} {grad}")

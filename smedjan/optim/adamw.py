@@ -12,7 +12,7 @@ from smedjan.ops.optimizer import adamw_update, clip_coefficient, global_norm
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
-    """Loshchilov & Hutter 2019, with torch.optim.AdamW's meaning of each number; `clip` is a global norm, 0 for none."""
+    """Loshchilov & Hutter 2019, with torch.optim.AdamW's meaning of each number; `clip` is a global norm, 0: none."""
 
     beta1: float = 0.9
     beta2: float = 0.999
@@ -23,7 +23,7 @@ class AdamW:
     state = ("exp_avg", "exp_avg_sq")
 
     def graph(self, parameters: Mapping[str, tuple[tuple[int, ...], str]], *, exact: bool) -> Graph:
-        """Inputs NAME, grad.NAME, exp_avg.NAME, exp_avg_sq.NAME, lr, step; the same back, and grad_norm before the clip.
+        """Inputs NAME, grad.NAME, exp_avg.NAME, exp_avg_sq.NAME, lr, step; the same back, and the unclipped grad_norm.
 
         An exact backend multiplies each gradient by the coefficient first, as clip_grad_norm_ does; a fast one folds
         the coefficient into the update.

@@ -15,7 +15,7 @@ def warmup_steps(warmup: float, total: int) -> int:
 
 
 def factor(schedule: str, step: int, *, total: int, warmup: int) -> float:
-    """The factor for `step`, counted from 0: rises linearly over `warmup` steps, then follows the schedule to `total`."""
+    """The factor for `step`, counted from 0: rises over `warmup` steps, then follows the schedule to `total`."""
     assert schedule in SCHEDULES, schedule
     if step < warmup:
         return step / max(1, warmup)

@@ -68,7 +68,8 @@ class _Adapt(Replay):
             return
         lora = self.lora
         x, weight, bias = self.inputs(node)
-        assert x is not None and weight is not None
+        assert x is not None
+        assert weight is not None
         base = linear(x, weight, bias)
         a = self.graph.input(a_name(module), (lora.rank, weight.shape[1]), DTYPE)
         b = self.graph.input(b_name(module), (weight.shape[0], lora.rank), DTYPE)

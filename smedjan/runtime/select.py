@@ -23,7 +23,7 @@ _made: dict[str, Backend] = {}
 
 
 def backend(name: str = "auto") -> Backend:
-    """The backend called `name`; "auto" is the fast one of this machine. A missing package is an error, never another backend."""
+    """The backend called `name`; "auto" is this machine's fast one. A missing package is an error, never a fallback."""
     chosen = _automatic() if name == "auto" else name
     if chosen not in NEEDS:
         close = nearest(chosen, set(NEEDS))

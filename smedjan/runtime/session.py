@@ -29,7 +29,7 @@ ROW_BUCKET = 16
 
 @dataclass
 class Session:
-    """`parameters` holds base weights by HF name and adapters by PEFT name; programs read them, the update writes them."""
+    """`parameters` holds base weights by HF name and adapters by PEFT name: programs read, the update writes them."""
 
     backend: Backend
     config: LlamaConfig
@@ -44,7 +44,7 @@ class Session:
     def host(self, array: Any, dtype: str) -> Array:
         """A host array on the backend."""
         kind = {"int64": np.int64, "float32": np.float32, "bool": np.bool_}[dtype]
-        made = np.asarray(array, dtype=kind, order="C")
+        made: np.ndarray = np.asarray(array, dtype=kind, order="C")
         return self.backend.from_raw(
             RawTensor(dtype=dtype, shape=made.shape, data=memoryview(made.reshape(-1)).cast("B"))  # type: ignore[arg-type]
             if made.size

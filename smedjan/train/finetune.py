@@ -97,7 +97,9 @@ class Finetune:
             for target in lora.targets:
                 if not any(f".{target}.lora_A" in name for name in shapes):
                     raise ConfigError(
-                        f"no module is called {target!r}", field="lora.targets", remedy="see smedjan graph for the names"
+                        f"no module is called {target!r}",
+                        field="lora.targets",
+                        remedy="see smedjan graph for the names",
                     )
 
     @property
@@ -117,9 +119,7 @@ class Finetune:
     def trainer(self) -> Trainer:
         """The session with fresh adapters, and what is trained of it."""
         config = self.config
-        session = open_session(
-            self.files, self.backend, dtype=config.dtype, attention=config.train.attention
-        )
+        session = open_session(self.files, self.backend, dtype=config.dtype, attention=config.train.attention)
         names = list(session.parameters)
         if self.lora is not None:
             fresh = initial_adapter(self.lora, self._shapes, config.seed)
@@ -169,7 +169,8 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
     if out.exists() and not config.resume and (found is not None or any(out.iterdir())):
         raise ConfigError("exists already", file=out, field="out", remedy="give --resume, or another directory")
     trainer = parts.trainer()
-    start, history = 0, []
+    start = 0
+    history: list[Event] = []
     if found is not None:
         start, history = _resume(parts, trainer, found, out)
     log = _Log(out / "smedjan" / "log.jsonl", start, on_step)

@@ -1,4 +1,4 @@
-"""The head and its cross-entropy over trained rows alone, a chunk of logits at a time, gradients made in the forward."""
+"""The head's cross-entropy over trained rows alone, a chunk of logits at a time, gradients made in the forward."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -35,7 +36,8 @@ class TorchBackend(Backend):
 
     def to_raw(self, array: torch.Tensor) -> RawTensor:
         host = array.detach().to("cpu").contiguous()
-        data = memoryview(host.reshape(-1).view(torch.uint8).numpy()) if host.numel() else memoryview(b"")
+        flat: Any = host.reshape(-1).view(torch.uint8).numpy()
+        data = memoryview(flat) if host.numel() else memoryview(b"")
         return RawTensor(dtype=NAMES[host.dtype], shape=tuple(host.shape), data=data.cast("B"))
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:

@@ -102,7 +102,9 @@ def sdpa_bwd(dy, q, k, v, mask, y, lse, *, causal, scale):
     return BACKWARD(dy, q, k, v, y, lse, 0.0, causal, attn_mask=_float_mask(mask, q.dtype), scale=scale)
 
 
-@RULES.rule("sdpa", label="torch.nn.functional.scaled_dot_product_attention", supports=lambda n: n.inputs[0].shape[2] == 1)
+@RULES.rule(
+    "sdpa", label="torch.nn.functional.scaled_dot_product_attention", supports=lambda n: n.inputs[0].shape[2] == 1
+)
 def sdpa_decode(q, k, v, mask, *, causal, scale):
     """One query: transformers packs the query heads of a group into rows where a mask is given. No lse: no gradient."""
     times = q.shape[1] // k.shape[1]

@@ -23,9 +23,7 @@ def clip_coefficient(norm, *, max_norm):
 
 
 @RULES.rule("adamw_update")
-def adamw_update(
-    param, grad, exp_avg, exp_avg_sq, lr, step, grad_scale, *, beta1, beta2, eps, weight_decay
-):
+def adamw_update(param, grad, exp_avg, exp_avg_sq, lr, step, grad_scale, *, beta1, beta2, eps, weight_decay):
     if grad_scale is not None:
         grad = grad * grad_scale
     if weight_decay != 0:

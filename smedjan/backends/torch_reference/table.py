@@ -1,4 +1,4 @@
-"""The exact backend's rule table. Modules of this package fill it; `smedjan.backends.torch_reference` loads them all."""
+"""The exact backend's rule table. The modules of this package fill it; the package loads them all."""
 
 from __future__ import annotations
 

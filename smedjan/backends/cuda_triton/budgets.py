@@ -1,0 +1,119 @@
+"""What a built kernel costs on the GPU, and the budget that it must keep.
+
+`budgets.json`, beside this file, holds for each build (kernel, variant, architecture) the most registers a thread may
+take, the most shared memory, and, where the machine code was read, the fewest 128-bit loads and stores: a change that
+loses vectorised access or spills is seen on a machine without a GPU. Budgets are those of one Triton release. Under
+another its code generator decides, and only what must hold everywhere is checked: no spill on sm_90.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+BUDGETS = Path(__file__).with_name("budgets.json")
+
+NO_SPILL_CC = 90
+"""Compute capability on which no kernel may spill, under any Triton."""
+
+REGISTER_STEP = 8
+"""Registers are given to a warp in steps of 8 a thread, so that fewer than 8 more cost nothing: the budget's slack."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """Of one kernel: registers a thread; spilled and shared bytes; instruction counts, None where none were read."""
+
+    registers: int
+    spilled: int
+    """Stack and local bytes a thread: registers that did not fit."""
+    shared: int
+    instructions: int | None = None
+    wide_loads: int | None = None
+    """128-bit loads from global memory (LDG.E.128)."""
+    wide_stores: int | None = None
+    local_accesses: int | None = None
+    """LDL and STL: accesses to spilled registers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Bounds for `Resources`: at most these registers and bytes, at least these 128-bit accesses (None: any)."""
+
+    registers: int
+    spilled: int
+    shared: int
+    wide_loads: int | None
+    wide_stores: int | None
+
+    @classmethod
+    def of(cls, found: Resources) -> Budget:
+        """What was found, with registers rounded up to the step in which the hardware hands them out."""
+        return cls(
+            registers=-(-found.registers // REGISTER_STEP) * REGISTER_STEP,
+            spilled=found.spilled,
+            shared=found.shared,
+            wide_loads=found.wide_loads,
+            wide_stores=found.wide_stores,
+        )
+
+
+def read(path: Path = BUDGETS) -> tuple[str, dict[str, Budget]]:
+    """The Triton release for which the budgets hold, and they by the build's key."""
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    return stored["triton"], {key: Budget(**budget) for key, budget in stored["budgets"].items()}
+
+
+def write(release: str, found: Mapping[str, Resources], path: Path = BUDGETS) -> None:
+    """Make what was found the budget."""
+    budgets = {key: asdict(Budget.of(resources)) for key, resources in sorted(found.items())}
+    lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(budget)}" for key, budget in budgets.items())
+    text = f'{{\n  "triton": {json.dumps(release)},\n  "budgets": {{\n{lines}\n  }}\n}}\n'
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def breaches(
+    found: Mapping[str, Resources], budgets: Mapping[str, Budget], *, release: str, recorded_release: str
+) -> list[str]:
+    """One line for each bound that is broken, for each build without a budget, and for each budget without a build."""
+    lines = [
+        f"{key}: spills {resources.spilled} bytes a thread"
+        for key, resources in found.items()
+        if key.endswith(f"sm_{NO_SPILL_CC}") and (resources.spilled or resources.local_accesses)
+    ]
+    if release != recorded_release:
+        return lines
+    for key in sorted(found.keys() | budgets.keys()):
+        if key not in budgets:
+            lines.append(f"{key}: no budget")
+        elif key not in found:
+            lines.append(f"{key}: a budget, but no such build")
+        else:
+            lines += [f"{key}: {breach}" for breach in _compare(found[key], budgets[key])]
+    return lines
+
+
+def _compare(found: Resources, budget: Budget) -> list[str]:
+    lines = []
+    for name in ("registers", "spilled", "shared"):
+        value, most = getattr(found, name), getattr(budget, name)
+        if value > most:
+            lines.append(f"{name} {value}, budget {most}")
+    for name in ("wide_loads", "wide_stores"):
+        value, least = getattr(found, name), getattr(budget, name)
+        if least is not None and (value is None or value < least):
+            lines.append(f"{name} {value}, budget at least {least}")
+    return lines

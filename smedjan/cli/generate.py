@@ -1,0 +1,76 @@
+"""`smedjan generate DIR PROMPT`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from smedjan.cli.output import COMMON, Common, Outcome
+
+
+def generate(
+    model: Annotated[str, Parameter(help="model directory, run directory or hub id")],
+    prompt: Annotated[str, Parameter(help="text to go on from, as it stands: no chat template is put around it")],
+    /,
+    *,
+    adapter: Annotated[Path | None, Parameter(help="adapter directory in PEFT's layout")] = None,
+    max_new_tokens: Annotated[int, Parameter(help="most tokens to make")] = 128,
+    temperature: Annotated[float, Parameter(help="0: always the likeliest token")] = 0.0,
+    top_k: Annotated[int | None, Parameter(help="keep the k likeliest tokens")] = None,
+    top_p: Annotated[float | None, Parameter(help="keep the likeliest tokens of this much probability")] = None,
+    min_p: Annotated[float | None, Parameter(help="keep tokens at least this share as likely as the first")] = None,
+    repetition_penalty: Annotated[float | None, Parameter(help="above 1: discourage tokens seen before")] = None,
+    seed: Annotated[int, Parameter(help="of sampling")] = 0,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None, Parameter(help="of the computation (default: as stored)")
+    ] = None,
+    common: Common = COMMON,
+) -> Outcome:
+    """Go on from a prompt. The text is printed as it is made.
+
+    Example: smedjan generate smollm2 "The forge is" --max-new-tokens 16
+    """
+    from smedjan.api import load
+
+    loaded = load(model, backend=common.backend, dtype=dtype, adapter=adapter)
+    tokenizer, session = loaded.tokenizer, loaded.session
+    prompt_ids = tokenizer.encode(prompt)
+    stop = sorted({*tokenizer.eos_token_ids, *session.config.eos_token_id})
+    began, made, printed = time.perf_counter(), [], ""
+    for token in loaded.generate(
+        prompt_ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+    ):
+        made.append(token)
+        text = tokenizer.decode(made)
+        # A character of several tokens decodes to the replacement character until its last one is there
+        if not common.json and text.startswith(printed) and not text.endswith("\ufffd"):
+            print(text[len(printed) :], end="", flush=True)
+            printed = text
+    seconds, text = time.perf_counter() - began, tokenizer.decode(made)
+    speed = len(made) / seconds if made else 0.0
+    rest = text[len(printed) :]
+    fields = {
+        "backend": session.backend.name,
+        "device": session.backend.device,
+        "exact": session.backend.exact,
+        "token_ids": made,
+        "text": text,
+        "finish_reason": "stop" if made and made[-1] in stop else "length",
+        "prompt_tokens": len(prompt_ids),
+        "tokens_per_s": speed,
+    }
+    if not common.json:
+        print(rest, flush=True)
+    common.note(f"{len(made)} tokens, {speed:.1f} tokens/s on {session.backend.name}")
+    return Outcome(fields=fields)

@@ -1,0 +1,64 @@
+"""`smedjan info DIR`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from smedjan.cli.output import COMMON, Common, Outcome
+from smedjan.errors import CheckpointError
+
+
+def info(
+    model: Annotated[str, Parameter(help="model directory, adapter directory, hub id or .gguf file")],
+    /,
+    *,
+    common: Common = COMMON,
+) -> Outcome:
+    """What a model is. Its files are checked, its weights are not loaded.
+
+    Example: smedjan info smollm2
+    """
+    from smedjan.checkpoint.raw import specs_of
+    from smedjan.hf.load import open_model
+    from smedjan.models.registry import ARCHITECTURES
+
+    adapter = _adapter(Path(model))
+    files = open_model(model if adapter is None else adapter["base"])
+    tied = ARCHITECTURES[files.config.model_type].tied(files.config)
+    parameters = sum(spec.numel for spec in specs_of(files.tensors).values())
+    fields = {
+        "model_type": files.config.model_type,
+        "parameters": parameters,
+        "dtype": files.dtype,
+        "tied": tied,
+        "adapter": adapter,
+    }
+    lines = [
+        f"model_type   {files.config.model_type}",
+        f"parameters   {parameters:,}",
+        f"dtype        {files.dtype}",
+        f"tied         {', '.join(f'{name} = {other}' for name, other in tied.items()) or 'no'}",
+    ]
+    if adapter is not None:
+        lines.append(f"adapter      rank {adapter['rank']}, alpha {adapter['alpha']:g}, on {adapter['base']}")
+    return Outcome(fields=fields, text="\n".join(lines))
+
+
+def _adapter(directory: Path) -> dict[str, Any] | None:
+    """Of a directory that holds an adapter and no model of its own."""
+    from smedjan.hf.peft import CONFIG, read_adapter
+    from smedjan.models.config import read_json_object
+
+    file = directory / CONFIG
+    if not file.is_file() or (directory / "config.json").is_file():
+        return None
+    lora, _tensors = read_adapter(directory)
+    base = read_json_object(file).get("base_model_name_or_path")
+    if not isinstance(base, str):
+        raise CheckpointError(
+            "names no base model", file=file, field="base_model_name_or_path", remedy="write it there"
+        )
+    return {"base": base, "rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}

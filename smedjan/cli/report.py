@@ -1,0 +1,38 @@
+"""`smedjan report RUN`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from smedjan.cli.output import COMMON, Common, Outcome
+from smedjan.errors import ConfigError
+
+
+def report(
+    run: Annotated[Path, Parameter(help="run directory")],
+    /,
+    *,
+    out: Annotated[Path | None, Parameter(help="file to write (default: report.html in the run directory)")] = None,
+    common: Common = COMMON,
+) -> Outcome:
+    """Write the page of a run: one HTML file that needs nothing else.
+
+    Example: smedjan report run --out report.html
+    """
+    from smedjan.report.html import write_report
+    from smedjan.report.run_dir import from_run
+
+    if not run.is_dir():
+        raise ConfigError("is no directory", file=run, remedy="give the --out of smedjan finetune")
+    target = out or run / "report.html"
+    made = from_run(run)
+    try:
+        written = write_report(target, made)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be written: {error.strerror}", file=target, field="out", remedy="check it"
+        ) from error
+    return Outcome(fields={"report": written}, text=str(written))

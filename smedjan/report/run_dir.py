@@ -1,0 +1,219 @@
+"""`from_run`: what a run directory holds, as a RunReport.
+
+Read from `RUN/smedjan/`, each as `--json` prints it:
+
+    log.jsonl     one object a step {"step", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "tokens_per_s",
+                  "peak_bytes"}, one an evaluation {"step", "eval_loss"}; a row may hold both. Needed, the rest is not.
+    run.json      {"title", "subtitle", "notes"[], "versions"{}, "backend", "device", "exact", "plan_hash",
+                  "weights_sha256", "rows"{}, "trained_share", "config"{flags of finetune, nested}}
+    eval.json     {"n", "nll", "perplexity", "exact_match", "ci95"[2], "name", "baselines"[{"name", "exact_match",
+                  "ci95"}], "difference"{"over", "estimate", "ci95"}, "samples"[{"prompt", "expected", "answer"}]}
+    bench.json    {"subject", "baseline", "what", "machine", "rounds"[[subject tokens/s, baseline tokens/s]]}
+    parity.json   {"cases"[{"name", "attention", "dtype", "mode", "batch", "padding", "equal", "max_abs", "max_ulp",
+                  "bound"}], "skipped"[{"name", "reason"}]}
+    plan.json     {"ops"[{"op", "count", "lowering"}], "nodes", "flops_per_token", "planned_bytes"}
+
+`backend`, `device`, `exact` and `plan_hash` are those of run.json, or of plan.json where it does not say.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+
+from smedjan.errors import DataError
+from smedjan.report.fields import Fields
+from smedjan.report.model import (
+    Bench,
+    Difference,
+    EvalPoint,
+    Evaluation,
+    Lowering,
+    Parity,
+    ParityCase,
+    Plan,
+    RunReport,
+    Sample,
+    Score,
+    Step,
+)
+
+
+def from_run(run_dir: str | PathLike[str]) -> RunReport:
+    """The report of a run directory. What is absent is left out; what is there and malformed is an error."""
+    run = Path(run_dir)
+    folder = run / "smedjan"
+    steps, evals, cut = _log(folder / "log.jsonl")
+    about = _read(folder / "run.json")
+    evaluation, bench, parity, plan = (_read(folder / f"{name}.json") for name in ("eval", "bench", "parity", "plan"))
+    notes = about.texts("notes") if about else ()
+    if cut:
+        notes = (*notes, "The last line of the log is cut off: the run was stopped while writing it.")
+    return RunReport(
+        title=(about.text("title", "") if about else "") or run.resolve().name,
+        subtitle=about.text("subtitle", "") if about else "",
+        facts=_facts(about, plan, steps),
+        versions=tuple((name, value) for name, value in about.flat("versions")) if about else (),
+        steps=steps,
+        evals=evals,
+        bench=_bench(bench) if bench else None,
+        evaluation=_evaluation(evaluation) if evaluation else None,
+        parity=_parity(parity) if parity else None,
+        plan=_plan(plan) if plan else None,
+        notes=notes,
+    )
+
+
+def _log(path: Path) -> tuple[tuple[Step, ...], tuple[EvalPoint, ...], bool]:
+    """Steps and evaluations in order. A run that was resumed logs some steps twice: the later row is what happened."""
+    steps: dict[int, Step] = {}
+    evals: dict[int, EvalPoint] = {}
+    cut = False
+    for row in _lines(path):
+        if row is None:
+            cut = True
+            continue
+        if not (row.has("loss") or row.has("eval_loss")):
+            continue
+        step = row.integer("step")
+        if row.has("loss"):
+            steps[step] = Step(
+                step=step,
+                loss=row.number("loss"),
+                grad_norm=row.number_or_none("grad_norm"),
+                lr=row.number_or_none("lr"),
+                tokens=row.integer_or_none("tokens"),
+                trained_tokens=row.integer_or_none("trained_tokens"),
+                tokens_per_s=row.number_or_none("tokens_per_s"),
+                peak_bytes=row.integer_or_none("peak_bytes"),
+            )
+        if row.has("eval_loss"):
+            evals[step] = EvalPoint(step=step, loss=row.number("eval_loss"))
+    ordered = tuple(steps[step] for step in sorted(steps))
+    return ordered, tuple(evals[step] for step in sorted(evals)), cut
+
+
+def _lines(path: Path) -> Iterator[Fields | None]:
+    """The log's rows; None for a last line that a killed process left unfinished."""
+    try:
+        file = open(path, encoding="utf-8", errors="replace")  # noqa: SIM115  closed below, opened here for its error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(
+            "no training log", file=path, remedy="give the --out directory of `smedjan finetune`"
+        ) from error
+    with file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                if not line.endswith("\n"):
+                    yield None
+                    return
+                raise DataError(str(error), file=path, field=f"line {number}", remedy="remove the line") from error
+            yield Fields.of(value, path, f"line {number}")
+
+
+def _read(path: Path) -> Fields | None:
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    try:
+        return Fields.of(json.loads(text), path, "")
+    except json.JSONDecodeError as error:
+        raise DataError(str(error), file=path, remedy="write it again, or delete it to leave it out") from error
+
+
+def _facts(about: Fields | None, plan: Fields | None, steps: tuple[Step, ...]) -> tuple[tuple[str, str], ...]:
+    """Name and value of everything that identifies the run: its flags, then what came of them."""
+    facts = [(name, value) for name, value in about.flat("config") if value] if about else []
+    for key in ("backend", "device", "exact", "plan_hash", "weights_sha256", "trained_share"):
+        value = next((source.shown(key) for source in (about, plan) if source and source.has(key)), "")
+        if value:
+            facts.append((key.replace("_", " "), value))
+    facts += [(f"rows {name}", value) for name, value in about.flat("rows")] if about else []
+    tokens = sum(step.tokens or 0 for step in steps)
+    if tokens:
+        facts.append(("tokens read", f"{tokens:,}"))
+        facts.append(("tokens trained", f"{sum(step.trained_tokens or 0 for step in steps):,}"))
+    return tuple(facts)
+
+
+def _evaluation(data: Fields) -> Evaluation:
+    scores: list[Score] = []
+    if data.number_or_none("exact_match") is not None:
+        name = data.text("name", "this model")
+        scores.append(Score(name=name, share=data.share("exact_match"), interval=data.interval("ci95"), ours=True))
+    for row in data.rows("baselines"):
+        scores.append(Score(name=row.text("name"), share=row.share("exact_match"), interval=row.interval("ci95")))
+    difference = None
+    gap = data.child("difference")
+    if gap:
+        interval = gap.interval("ci95")
+        if interval is None:
+            raise gap.error("ci95", "is missing")
+        difference = Difference(over=gap.text("over"), estimate=gap.number("estimate"), interval=interval)
+    return Evaluation(
+        n=data.integer("n"),
+        scores=tuple(scores),
+        difference=difference,
+        nll=data.number_or_none("nll"),
+        perplexity=data.number_or_none("perplexity"),
+        samples=tuple(
+            Sample(prompt=row.text("prompt"), expected=row.text("expected"), answer=row.text("answer"))
+            for row in data.rows("samples")
+        ),
+    )
+
+
+def _bench(data: Fields) -> Bench:
+    rounds = data.pairs("rounds")
+    if any(not (ours > 0 and theirs > 0) for ours, theirs in rounds):
+        raise data.error("rounds", "holds a speed that is not above zero")
+    return Bench(
+        subject=data.text("subject"),
+        baseline=data.text("baseline"),
+        what=data.text("what", "Training"),
+        machine=data.text("machine", ""),
+        rounds=rounds,
+    )
+
+
+def _parity(data: Fields) -> Parity:
+    cases = tuple(
+        ParityCase(
+            name=row.text("name"),
+            attention=row.text("attention", ""),
+            dtype=row.text("dtype", ""),
+            mode=row.text("mode", ""),
+            batch=row.shown("batch"),
+            padding=row.shown("padding"),
+            equal=row.boolean("equal"),
+            max_abs=row.number("max_abs"),
+            max_ulp=row.number_or_none("max_ulp"),
+            bound=row.number_or_none("bound"),
+        )
+        for row in data.rows("cases")
+    )
+    skipped = tuple((row.text("name"), row.text("reason")) for row in data.rows("skipped"))
+    about = ", ".join(
+        f"{key.replace('_', ' ')} {data.shown(key)}" for key in ("backend", "plan_hash") if data.shown(key)
+    )
+    return Parity(cases=cases, skipped=skipped, about=about)
+
+
+def _plan(data: Fields) -> Plan:
+    ops = tuple(
+        Lowering(op=row.text("op"), count=row.integer("count"), lowering=row.text("lowering"))
+        for row in data.rows("ops")
+    )
+    return Plan(
+        ops=ops,
+        nodes=data.integer_or_none("nodes"),
+        flops_per_token=data.number_or_none("flops_per_token"),
+        planned_bytes=data.integer_or_none("planned_bytes"),
+    )

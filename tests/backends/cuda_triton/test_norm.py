@@ -1,0 +1,164 @@
+"""rms_norm and its gradients on Triton against float64 torch, and against transformers' Llama and Gemma norms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from smedjan.backends.cuda_triton.kernels import common
+from smedjan.backends.cuda_triton.norm import rms_norm, rms_norm_bwd
+from smedjan.errors import ShapeError
+from tests.tolerances import assert_close
+
+EPS = 1e-5
+SHAPES = [(1, 7), (5, 33), (3, 96), (17, 128), (2, 3, 576), (4, 1536), (1, 1)]
+CASTS = [("before", 0.0), ("after", 0.0), ("after", 1.0)]
+CASES = [(dtype, *cast) for dtype in (torch.float32, torch.bfloat16) for cast in CASTS] + [
+    (torch.float16, "before", 0.0)
+]
+
+
+def plain(x: Tensor, weight: Tensor, offset: float, cast: str) -> Tensor:
+    """Llama's (before) or Gemma's (after) norm, in x's dtype; in float64 the two are the same."""
+    wide = x.double() if x.dtype == torch.float64 else x.float()
+    normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    if cast == "before":
+        return (offset + weight) * normal.to(x.dtype) if offset else weight * normal.to(x.dtype)
+    return (normal * (offset + weight.to(wide.dtype))).to(x.dtype)
+
+
+def gradients(x: Tensor, weight: Tensor, dy: Tensor, acc: Tensor | None, offset: float, cast: str) -> list[Tensor]:
+    """Those of torch.autograd, in the dtype of its arguments, with acc added to x's."""
+    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    dx, dw = torch.autograd.grad(plain(*leaves, offset, cast), leaves, dy)
+    return [dx if acc is None else acc + dx, dw]
+
+
+def wide(*tensors: Tensor | None) -> list[Tensor]:
+    return [None if tensor is None else tensor.double() for tensor in tensors]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("dtype", "cast", "offset"), CASES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_gradients_are_within_the_derived_bound(rand, shape, dtype, cast, offset):
+    x, weight = rand(*shape, dtype=dtype, scale=3.0), rand(shape[-1], dtype=dtype)
+    dy, acc = rand(*shape, dtype=dtype), rand(*shape, dtype=dtype)
+    y, rstd = rms_norm(x, weight, eps=EPS, offset=offset, weight_cast=cast)
+    assert y.dtype == dtype
+    assert rstd.dtype == torch.float32
+    assert rstd.shape == shape[:-1]
+    assert_close("y", y, plain(*wide(x, weight), offset, cast), plain(x, weight, offset, cast))
+    rstd64 = torch.rsqrt(x.double().pow(2).mean(-1) + EPS)
+    assert_close("rstd", rstd, rstd64, torch.rsqrt(x.float().pow(2).mean(-1) + EPS))
+
+    options = {"eps": EPS, "offset": offset, "weight_cast": cast}
+    got = rms_norm_bwd(x, weight, rstd, dy, acc, needs=(True, True), **options)
+    reference = gradients(*wide(x, weight, dy, acc), offset, cast)
+    ours = gradients(x, weight, dy, acc, offset, cast)
+    # In a row of one value the terms of dx, rstd * g and its projection, cancel: roundings are relative to them.
+    term = (rstd64[..., None] * dy.double() * (offset + weight.double())).abs().max()
+    assert_close("dx", got[0], reference[0], ours[0], scale=max(float(term), float(reference[0].abs().max())))
+    assert_close("dw", got[1], reference[1], ours[1])
+
+
+def test_each_gradient_alone_has_the_bits_of_both_together(rand, same):
+    x, weight, dy, acc = rand(6, 96), rand(96), rand(6, 96), rand(6, 96)
+    _, rstd = rms_norm(x, weight, eps=EPS)
+    dx, dw = rms_norm_bwd(x, weight, rstd, dy, acc, needs=(True, True), eps=EPS)
+    only_dx = rms_norm_bwd(x, weight, rstd, dy, acc, needs=(True, False), eps=EPS)
+    only_dw = rms_norm_bwd(x, weight, rstd, dy, needs=(False, True), eps=EPS)
+    assert only_dx[1] is None
+    assert only_dw[0] is None
+    same(only_dx[0], dx)
+    same(only_dw[1], dw)
+
+
+def test_without_acc_dx_is_the_gradient_alone(rand):
+    x, weight, dy = rand(3, 33), rand(33), rand(3, 33)
+    _, rstd = rms_norm(x, weight, eps=EPS)
+    alone, _ = rms_norm_bwd(x, weight, rstd, dy, needs=(True, True), eps=EPS)
+    added, _ = rms_norm_bwd(x, weight, rstd, dy, torch.ones_like(x), needs=(True, True), eps=EPS)
+    torch.testing.assert_close(added, alone + 1.0, rtol=0, atol=2e-6)
+
+
+def test_programs_that_take_several_tiles_sum_every_row_once(rand, monkeypatch):
+    monkeypatch.setattr(common, "MAX_PROGRAMS", 2)
+    x, weight, dy = rand(9, 1536), rand(1536), rand(9, 1536)
+    assert common.row_programs(9, common.norm_bwd_tile(1536)) == 2
+    _, rstd = rms_norm(x, weight, eps=EPS)
+    got = rms_norm_bwd(x, weight, rstd, dy, needs=(True, True), eps=EPS)
+    reference = gradients(*wide(x, weight, dy, None), 0.0, "before")
+    for name, value, true, ours in zip(
+        ("dx", "dw"), got, reference, gradients(x, weight, dy, None, 0.0, "before"), strict=True
+    ):
+        assert_close(name, value, true, ours)
+
+
+def test_rows_too_wide_for_one_kernel_take_a_second_for_dw(rand, monkeypatch, same):
+    monkeypatch.setattr(common, "MAX_FUSED_WIDTH", 128)
+    width = 133
+    x, weight, dy = rand(35, width), rand(width), rand(35, width)
+    _, rstd = rms_norm(x, weight, eps=EPS)
+    got = rms_norm_bwd(x, weight, rstd, dy, needs=(True, True), eps=EPS)
+    reference = gradients(*wide(x, weight, dy, None), 0.0, "before")
+    for name, value, true, ours in zip(
+        ("dx", "dw"), got, reference, gradients(x, weight, dy, None, 0.0, "before"), strict=True
+    ):
+        assert_close(name, value, true, ours)
+    only_dw = rms_norm_bwd(x, weight, rstd, dy, needs=(False, True), eps=EPS)
+    same(only_dw[1], got[1])
+
+
+def test_rows_may_lie_apart(rand, same):
+    stacked = rand(5, 3 * 33)
+    x, dy, weight = stacked[:, :33], stacked[:, 66:], rand(33)
+    y, rstd = rms_norm(x, weight, eps=EPS)
+    dense_y, dense_rstd = rms_norm(x.contiguous(), weight, eps=EPS)
+    same(y, dense_y)
+    strided = rms_norm_bwd(x, weight, rstd, dy, stacked[:, 33:66], needs=(True, True), eps=EPS)
+    acc = stacked[:, 33:66].contiguous()
+    options = {"needs": (True, True), "eps": EPS}
+    dense = rms_norm_bwd(x.contiguous(), weight, dense_rstd, dy.contiguous(), acc, **options)
+    same(strided[0], dense[0])
+    same(strided[1], dense[1])
+
+
+def test_no_rows(rand):
+    x, weight = rand(0, 33), rand(33)
+    y, rstd = rms_norm(x, weight, eps=EPS)
+    dx, dw = rms_norm_bwd(x, weight, rstd, x, needs=(True, True), eps=EPS)
+    assert y.shape == dx.shape == (0, 33)
+    assert torch.equal(dw, torch.zeros(33, device=x.device))
+
+
+def test_a_zero_row_gives_zeros_and_a_large_one_does_not_overflow(rand):
+    x = torch.zeros(2, 33, device=rand(1).device)
+    x[1] = 1e18
+    weight = rand(33)
+    y, rstd = rms_norm(x, weight, eps=EPS)
+    assert torch.equal(y[0], torch.zeros_like(y[0]))
+    torch.testing.assert_close(y[1], weight)
+    dx, _ = rms_norm_bwd(x, weight, rstd, x, needs=(True, False), eps=EPS)
+    assert bool(dx.isfinite().all())
+
+
+def test_bfloat16_rounds_where_transformers_does(rand):
+    """Against transformers' own modules: equal, but for the last bit of a reciprocal square root on a device."""
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    x, weight = rand(16, 576, dtype=torch.bfloat16), rand(576, dtype=torch.bfloat16)
+    for cast, offset, module in (("before", 0.0, LlamaRMSNorm(576, EPS)), ("after", 1.0, GemmaRMSNorm(576, EPS))):
+        module = module.to(x.device, torch.bfloat16)
+        module.weight.data.copy_(weight)
+        y, _ = rms_norm(x, weight, eps=EPS, offset=offset, weight_cast=cast)
+        other, _ = rms_norm(x, weight, eps=EPS, offset=offset, weight_cast="after" if cast == "before" else "before")
+        assert float((y != module(x)).float().mean()) < 0.002
+        assert float((other != module(x)).float().mean()) > 0.05, "the two casts are not told apart"
+
+
+def test_a_row_that_does_not_fit_is_an_error_that_says_so(rand):
+    width = common.MAX_WIDTH + 1
+    with pytest.raises(ShapeError, match="torch_reference"):
+        rms_norm(rand(1, width), rand(width), eps=EPS)

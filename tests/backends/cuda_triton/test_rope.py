@@ -1,0 +1,96 @@
+"""rope on Triton against float64 torch, torch.autograd and transformers' apply_rotary_pos_emb."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from smedjan.backends.cuda_triton.kernels import common
+from smedjan.backends.cuda_triton.rope import rope
+from tests.tolerances import assert_close
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1, 1, 2), (2, 3, 7, 14), (1, 9, 5, 64), (3, 2, 17, 66), (2, 2, 33, 96), (1, 3, 20, 128)]
+LAYOUTS = ["dense", "transposed", "sliced"]
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
+def plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos[:, None] + rotate_half(x) * sin[:, None]
+
+
+def tables(batch: int, tokens: int, dim: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """cos, sin [batch, tokens, dim] as a model makes them: equal halves, positions apart for each sequence."""
+    position = torch.arange(tokens)[None, :] + 13 * torch.arange(batch)[:, None]
+    frequency = 10000.0 ** (-torch.arange(0, dim, 2) / dim)
+    angle = torch.cat([position[..., None] * frequency] * 2, dim=-1)
+    return angle.cos().to(dtype).to(device), angle.sin().to(dtype).to(device)
+
+
+def laid_out(rand, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> Tensor:
+    """[B, H, T, D]: dense, a view of a [B, T, H * D] projection, or a third of a stacked one."""
+    batch, heads, tokens, dim = shape
+    if layout == "dense":
+        return rand(*shape, dtype=dtype)
+    if layout == "transposed":
+        return rand(batch, tokens, heads, dim, dtype=dtype).transpose(1, 2)
+    return rand(batch, tokens, 3 * heads, dim, dtype=dtype)[:, :, heads : 2 * heads].transpose(1, 2)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_within_the_derived_bound_in_every_layout(rand, device, shape, dtype, layout, inverse):
+    x = laid_out(rand, shape, layout, dtype)
+    cos, sin = tables(shape[0] if layout != "dense" else 1, shape[2], shape[3], dtype, device)
+    y = rope(x, cos, sin, inverse=inverse)
+    sign = -1.0 if inverse else 1.0
+    assert y.dtype == dtype
+    assert y.shape == x.shape
+    reference = plain(x.double(), cos.double(), sign * sin.double())
+    assert_close("y", y, reference, plain(x, cos, sign * sin))
+
+
+def test_a_projection_keeps_its_order_in_memory(rand, device):
+    x = laid_out(rand, (2, 3, 7, 64), "transposed", torch.float32)
+    y = rope(x, *tables(1, 7, 64, torch.float32, device))
+    assert y.stride() == x.stride()
+
+
+def test_heads_of_one_program_are_all_turned(rand, device, monkeypatch, same):
+    """A program takes 4 heads when there are many tokens: 9 heads leave it one over."""
+    monkeypatch.setattr(common, "rope_heads", lambda heads, tokens: 4)
+    x = laid_out(rand, (2, 9, 5, 64), "transposed", torch.float32)
+    cos, sin = tables(2, 5, 64, torch.float32, device)
+    grouped = rope(x, cos, sin)
+    monkeypatch.setattr(common, "rope_heads", lambda heads, tokens: 1)
+    same(grouped, rope(x, cos, sin))
+
+
+def test_inverse_is_the_gradient_even_where_the_halves_of_the_tables_differ(rand):
+    x, dy, cos, sin = rand(2, 2, 5, 14), rand(2, 2, 5, 14), rand(2, 5, 14), rand(2, 5, 14)
+    leaf = x.double().requires_grad_()
+    (reference,) = torch.autograd.grad(plain(leaf, cos.double(), sin.double()), leaf, dy.double())
+    leaf = x.clone().requires_grad_()
+    (ours,) = torch.autograd.grad(plain(leaf, cos, sin), leaf, dy)
+    assert_close("dx", rope(dy, cos, sin, inverse=True), reference, ours)
+    assert_close("y", rope(x, cos, sin), plain(x.double(), cos.double(), sin.double()), plain(x, cos, sin))
+
+
+def test_equals_transformers(rand, device):
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    q, k = rand(2, 4, 9, 64), rand(2, 2, 9, 64)
+    cos, sin = tables(2, 9, 64, torch.float32, device)
+    for ours, theirs in zip((rope(q, cos, sin), rope(k, cos, sin)), apply_rotary_pos_emb(q, k, cos, sin), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2.0**-21)
+
+
+def test_no_tokens(rand):
+    assert rope(rand(2, 3, 0, 64), rand(1, 0, 64), rand(1, 0, 64)).shape == (2, 3, 0, 64)

@@ -1,0 +1,127 @@
+"""The commands of docs/quickstart.md and README.md run, in their order, as they are written there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from smedjan.cli import app
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    lines = [line for block in blocks(page, "sh") for line in block.splitlines() if line]
+    split = [shlex.split(line) for line in lines if not line.startswith("make ")]
+    assert split, f"{page} shows no command"
+    assert all(words[0] == "smedjan" for words in split)
+    return [words[1:] for words in split]
+
+
+def run(words: list[str], folder: Path, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> str:
+    """What a command prints, run in this process: importing torch anew for each would take a minute."""
+    patch.chdir(folder)
+    code = app.run(words)
+    printed = capsys.readouterr()
+    assert code == 0, f"smedjan {shlex.join(words)}\n{printed.err}"
+    return printed.out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the quickstart's Python has made its model and its rows."""
+    made = tmp_path_factory.mktemp("docs")
+    (script,) = blocks(ROOT / "docs" / "quickstart.md", "python")
+    subprocess.run([sys.executable, "-c", script], cwd=made, check=True, capture_output=True, timeout=300)
+    return made
+
+
+def test_quickstart(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = {}
+    for words in commands(ROOT / "docs" / "quickstart.md"):
+        printed[words[0]] = run(words, folder, capsys, monkeypatch)
+    assert "cases equal to the bit" in printed["parity"]
+    assert "OUT OF" not in printed["parity"]
+    assert (folder / "run" / "report.html").stat().st_size > 1000
+    assert (folder / "merged" / "config.json").is_file()
+
+
+STEP = {"step", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "tokens_per_s", "peak_bytes"}
+PLAN = {"parameters", "nodes", "flops_per_token", "planned_bytes", "ops"}
+TRAIN = ["finetune", "--model", "downloaded", "--data", "rows.jsonl", "--train.steps", "2", "--train.batch-size", "2"]
+
+
+@pytest.mark.parametrize(
+    ("words", "keys", "ran"),
+    [
+        (["info", "downloaded"], {"model_type", "parameters", "dtype", "tied", "adapter"}, False),
+        (["graph", "downloaded", "--length", "16"], PLAN, True),
+        ([*TRAIN, "--dry-run"], PLAN, True),
+        ([*TRAIN, "--out", "json-run"], {"run_dir", "weights_sha256", "rows", "trained_share"}, True),
+        (
+            ["generate", "downloaded", "7 is ", "--max-new-tokens", "2"],
+            {"token_ids", "text", "finish_reason", "prompt_tokens", "tokens_per_s"},
+            True,
+        ),
+        (
+            ["import", "downloaded", "json-import"],
+            {
+                *("model_type", "parameters", "dtype", "source_quantization"),
+                *("missing", "unexpected", "tied", "files"),
+            },
+            False,
+        ),
+    ],
+    ids=["info", "graph", "plan", "finetune", "generate", "import"],
+)
+def test_json_keys_are_frozen(
+    words: list[str],
+    keys: set[str],
+    ran: bool,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Keys that scripts rely on: stdout is JSON alone, its last line the result, those before it a step each."""
+    lines = run([*words, "--json", "--backend", "torch_reference"], folder, capsys, monkeypatch).splitlines()
+    *steps, result = [json.loads(line) for line in lines]
+    assert keys <= set(result)
+    assert (result["schema"], result["command"], result["ok"], result["error"]) == (1, words[0], True, None)
+    assert (result["backend"], result["exact"]) == (("torch_reference", True) if ran else (None, None))
+    assert len(steps) == (2 if "--out" in words else 0)
+    assert all(set(step) >= STEP for step in steps)
+
+
+def test_quickstart_toml_is_a_run(folder: Path) -> None:
+    from smedjan.train.config import FinetuneConfig
+
+    (text,) = blocks(ROOT / "docs" / "quickstart.md", "toml")
+    (folder / "run.toml").write_text(text)
+    config = FinetuneConfig.from_toml(folder / "run.toml")
+    assert (config.model, config.train.steps, config.learning_rate) == ("tiny", 8, 1e-3)
+
+
+def test_readme(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("downloaded", "rows.jsonl"):
+        (tmp_path / name).symlink_to(folder / name)
+    for words in commands(ROOT / "README.md"):
+        run(words, tmp_path, capsys, monkeypatch)
+    assert (tmp_path / "run" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/cli.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []

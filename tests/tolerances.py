@@ -1,0 +1,48 @@
+"""The one table of tolerances: how far a fast computation may be from the true value, derived, not tuned.
+
+    error <= 2 * e_plain + 2 * u * max|reference| + a * max|reference|
+
+error: the largest difference from `reference`, the same computation in float64. e_plain: that of the plain torch
+computation in the dtype under test, which shares every unavoidable error (inputs' conditioning, roundings between ops);
+two of them, since another order of a sum may be as unlucky as torch's was lucky. u: the unit roundoff of the result's
+dtype, one rounding of the result, and one more because the plain error may be zero where torch happens to be exact.
+a: error of the device's approximate functions where a kernel uses them and torch does not (`APPROXIMATE`); zero in
+Triton's interpreter, whose functions are numpy's. FlashAttention's tests have the first two terms.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+"""Half the distance between 1 and the next number: the largest relative error of rounding to nearest."""
+
+APPROXIMATE = 2.0**-21
+"""PTX ISA 8.5: relative error of ex2.approx 2^-22, rsqrt.approx 2^-22.4, div.full 2 ulp, lg2.approx 2^-22 absolute
+below 2; a kernel chains at most two. Counted on a CUDA device alone."""
+
+
+def error(value: Tensor, reference: Tensor) -> float:
+    """Largest absolute difference, in float64; infinite where either is NaN and the other is not."""
+    assert value.shape == reference.shape, f"{list(value.shape)} is not {list(reference.shape)}"
+    if value.numel() == 0:
+        return 0.0
+    difference = (value.double().cpu() - reference.double().cpu()).abs()
+    return float(difference.nan_to_num(nan=float("inf"), posinf=float("inf")).max())
+
+
+def bound(reference: Tensor, plain: Tensor, dtype: torch.dtype, *, scale: float | None = None) -> float:
+    """The bound above. `dtype` is the result's; `scale`, where cancellation is inherent, replaces max|reference|."""
+    assert reference.dtype == torch.float64, "the reference is float64"
+    if reference.numel() == 0:
+        return 0.0
+    largest = float(reference.abs().max()) if scale is None else scale
+    approximate = APPROXIMATE if plain.device.type == "cuda" else 0.0
+    return 2 * error(plain, reference) + (2 * UNIT_ROUNDOFF[dtype] + approximate) * largest
+
+
+def assert_close(name: str, value: Tensor, reference: Tensor, plain: Tensor, *, scale: float | None = None) -> None:
+    """`value` is within the bound of `reference`, to which `plain` is the plain torch computation."""
+    found, most = error(value, reference), bound(reference, plain, value.dtype, scale=scale)
+    assert found <= most, f"{name}: error {found:.3e} > bound {most:.3e} ({value.dtype}, {list(value.shape)})"
