@@ -105,8 +105,6 @@ def _cases(
                 for mode in ("logits", "gradients", "decode"):
                     ref = None if reference is None else reference[mode]
                     yield _case(mode, ours[mode], theirs[mode], ref, dtype, implementation, padding)
-                        mode, ours[mode], theirs[mode], None if reference is None else reference[mode], dtype, implementation, padding
-                    )
 
 
 def _case(
