@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,9 @@ class Run:
 class Finetune:
     """The parts of a run, made and checked before anything is written."""
 
-    def __init__(self, config: FinetuneConfig) -> None:
+    def __init__(self, config: FinetuneConfig, *, started: str | None = None) -> None:
         self.config = config
+        self.started = started or datetime.now(UTC).isoformat(timespec="seconds")
         self.files: ModelFiles = open_model(config.model)
         self.tokenizer = load_tokenizer(self.files.path)
         if self.tokenizer.vocab_size > self.files.config.vocab_size:
@@ -114,6 +116,7 @@ class Finetune:
             max_length=self.max_length,
             loss_on=train.loss_on,
             too_long=train.too_long,
+            now=datetime.fromisoformat(self.started),
         )
 
     def trainer(self) -> Trainer:
@@ -147,6 +150,7 @@ class Finetune:
             "seed": self.config.seed,
             "total_steps": self.steps.total,
             "method": self.config.method,
+            "started": self.started,
             "history": history,
         }
 
@@ -163,9 +167,10 @@ def evaluate_loss(session: Session, dataset: TokenDataset, *, batch_size: int, m
 def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None = None) -> Run:
     """Trains, checkpoints and saves. `on_step` sees every event that the log gets, as it is written."""
     assert config.out is not None, "a dry run is `plan`"
-    parts = Finetune(config)
     out = config.out
     found = load_checkpoint(out) if out.exists() else None
+    # A chat template may print the date: a resumed run sees the rows of the day on which it was started.
+    parts = Finetune(config, started=None if found is None else found.state.get("started"))
     if out.exists() and not config.resume and (found is not None or any(out.iterdir())):
         raise ConfigError("exists already", file=out, field="out", remedy="give --resume, or another directory")
     trainer = parts.trainer()
@@ -204,6 +209,7 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
             log.write(
                 {
                     "step": step + 1,
+                    "total_steps": parts.steps.total,
                     "loss": loss,
                     "grad_norm": norm,
                     "lr": lr,
