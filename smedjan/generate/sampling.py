@@ -56,9 +56,10 @@ def choose(logits: np.ndarray, seen: list[int], sampling: Sampling, step: int) -
         probabilities[order[before >= sampling.top_p]] = 0.0
     if sampling.min_p is not None:
         probabilities[probabilities < sampling.min_p * probabilities.max()] = 0.0
-    cumulative = np.cumsum(probabilities / probabilities.sum())
+    cumulative = np.cumsum(probabilities)
+    cumulative /= cumulative[-1]  # ends at one exactly: no draw lies past the last token that may be drawn
     draw = np.random.Generator(np.random.PCG64(np.random.SeedSequence([sampling.seed, step]))).random()
-    return min(int(np.searchsorted(cumulative, draw, side="right")), len(cumulative) - 1)
+    return int(np.searchsorted(cumulative, draw, side="right"))
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:

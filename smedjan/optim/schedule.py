@@ -23,7 +23,7 @@ def factor(schedule: str, step: int, *, total: int, warmup: int) -> float:
     if schedule == "linear":
         return max(0.0, (total - step) / length)
     if schedule == "cosine":
-        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * after / length)))
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (after / length))))
     if schedule == "wsd":
         return min(1.0, max(0.0, (total - step) / max(1, math.ceil(WSD_DECAY * length))))
     return 1.0

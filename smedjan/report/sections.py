@@ -222,10 +222,9 @@ def _parity(parity: Parity) -> Section:
     finding += f". What ran: {parity.about}." if parity.about else "."
     rows = [
         [
-            el("th", case.name, scope="row", class_=_width(case.name)),
+            el("th", case.mode, scope="row", class_=_width(case.mode), title=case.name),
             el("td", case.attention),
             el("td", case.dtype),
-            el("td", case.mode),
             el("td", case.batch),
             el("td", case.padding),
             el("td", case.verdict, class_="held short" if case.held else "failed short"),
@@ -234,7 +233,7 @@ def _parity(parity: Parity) -> Section:
         ]
         for case in cases
     ]
-    head = ["Case", "Attention", "Dtype", "Mode", "Batch", "Padding", "Result", "#Largest difference", "#Bound"]
+    head = ["Compared", "Attention", "Dtype", "Batch", "Padding", "Result", "#Largest difference", "#Bound"]
     skipped = [el("p", f"Skipped: {name}: {reason}", class_="note") for name, reason in parity.skipped]
     return _section("parity", "Parity", finding, _table(None, head, rows, "dense") if rows else None, *skipped)
 

@@ -64,10 +64,10 @@ FILES: dict[str, dict[str, Any]] = {
         "backend": "torch_reference",
         "cases": [
             {
-                "name": "logits",
+                "name": "sdpa float32 logits padding=left",
                 "attention": "sdpa",
                 "dtype": "float32",
-                "mode": "forward",
+                "mode": "logits",
                 "batch": 2,
                 "padding": "left",
                 "equal": True,
@@ -76,10 +76,10 @@ FILES: dict[str, dict[str, Any]] = {
                 "bound": 0.0,
             },
             {
-                "name": "gradients",
+                "name": "eager bfloat16 gradients padding=none",
                 "attention": "eager",
                 "dtype": "bfloat16",
-                "mode": "backward",
+                "mode": "gradients",
                 "batch": 2,
                 "padding": "none",
                 "equal": False,
@@ -88,10 +88,10 @@ FILES: dict[str, dict[str, Any]] = {
                 "bound": 8.1e-5,
             },
             {
-                "name": "decode",
+                "name": "sdpa float32 decode padding=none",
                 "attention": "sdpa",
                 "dtype": "float32",
-                "mode": "cached",
+                "mode": "decode",
                 "batch": 2,
                 "padding": "none",
                 "equal": False,

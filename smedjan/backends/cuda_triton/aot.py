@@ -14,6 +14,7 @@ import importlib.resources
 import multiprocessing
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -266,11 +267,15 @@ def _table(found: Mapping[str, Resources]) -> Table:
 
 
 def main() -> int:
-    """Build everything, print the table, check or renew the budgets. 0: all keep theirs; 1: some do not."""
+    """Build everything, print the table, check or renew the budgets. 0: all keep theirs; 1: some do not; 2: cannot."""
     parser = argparse.ArgumentParser(prog="python -m smedjan.backends.cuda_triton.aot", description=__doc__)
     parser.add_argument("--update", action="store_true", help="make what was found the budget")
     update = parser.parse_args().update
-    found = measure_all(matrix())
+    try:
+        found = measure_all(matrix())
+    except BackendError as error:
+        print(error, file=sys.stderr)
+        return 2
     # Not as narrow as a pipe claims to be: the table is also read in logs.
     console = Console(width=140)
     console.print(_table(found))

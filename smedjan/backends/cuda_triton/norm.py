@@ -137,8 +137,7 @@ def _wide_partial(x: Tensor, rstd: Tensor, dy: Tensor) -> Tensor:
     """x, dy [rows, width], rstd [rows] -> [programs, width] float32: dy * x * rstd, summed over a program's rows."""
     rows, width = x.shape
     tile = common.column_tile()
-    # A program has 64 columns here, so that even few row groups make many programs.
-    groups = min(common.cdiv(rows, tile.rows), 16)
+    groups = min(common.cdiv(rows, tile.rows), common.MAX_WIDE_PROGRAMS)
     partial = torch.empty(groups, width, dtype=torch.float32, device=x.device)
     kernels.rms_norm_dw[(groups, common.cdiv(width, tile.cols))](
         x,

@@ -82,10 +82,12 @@ def test_without_acc_dx_is_the_gradient_alone(rand):
     torch.testing.assert_close(added, alone + 1.0, rtol=0, atol=2e-6)
 
 
-def test_programs_that_take_several_tiles_sum_every_row_once(rand, monkeypatch):
-    monkeypatch.setattr(common, "MAX_PROGRAMS", 2)
-    x, weight, dy = rand(9, 1536), rand(1536), rand(9, 1536)
-    assert common.row_programs(9, common.norm_bwd_tile(1536)) == 2
+@pytest.mark.parametrize("programs", [2, 40])
+def test_every_row_is_summed_once(rand, monkeypatch, programs):
+    """Programs that take many tiles each, and more programs than the second stage reads at a time."""
+    monkeypatch.setattr(common, "MAX_PROGRAMS", programs)
+    x, weight, dy = rand(45, 1030), rand(1030), rand(45, 1030)
+    assert common.row_programs(45, common.norm_bwd_tile(1030)) == programs
     _, rstd = rms_norm(x, weight, eps=EPS)
     got = rms_norm_bwd(x, weight, rstd, dy, needs=(True, True), eps=EPS)
     reference = gradients(*wide(x, weight, dy, None), 0.0, "before")
@@ -97,6 +99,7 @@ def test_programs_that_take_several_tiles_sum_every_row_once(rand, monkeypatch):
 
 def test_rows_too_wide_for_one_kernel_take_a_second_for_dw(rand, monkeypatch, same):
     monkeypatch.setattr(common, "MAX_FUSED_WIDTH", 128)
+    monkeypatch.setattr(common, "MAX_WIDE_PROGRAMS", 1)
     width = 133
     x, weight, dy = rand(35, width), rand(width), rand(35, width)
     _, rstd = rms_norm(x, weight, eps=EPS)

@@ -118,6 +118,13 @@ def test_global_norm_takes_any_shape_and_counts_every_program_once(rand, monkeyp
     torch.testing.assert_close(global_norm(grad).double(), grad.double().norm(), rtol=2.0**-20, atol=0)
 
 
+def test_more_partial_sums_than_are_added_at_once(rand, monkeypatch):
+    monkeypatch.setattr(common, "square_sum_tile", lambda: common.Tile(rows=1, cols=64, num_warps=1))
+    grad = rand(20000)
+    assert common.square_sum_programs(grad.numel()) == 157
+    torch.testing.assert_close(global_norm(grad).double(), grad.double().norm(), rtol=2.0**-20, atol=0)
+
+
 def test_global_norm_of_nothing_is_zero_and_of_nan_is_nan(rand, device):
     assert float(global_norm(rand(0))) == 0.0
     bad = rand(9)

@@ -30,6 +30,9 @@ dw are 4 values a column, at 16 warps 64 of a thread's 128 registers. Wider rows
 MAX_PROGRAMS = 256
 """Programs that share a reduction over rows: two for each multiprocessor of an H100, and one [256, D] buffer."""
 
+MAX_WIDE_PROGRAMS = 16
+"""The same for rows wider than `MAX_FUSED_WIDTH`, where each program has 64 columns: 16 x 256 programs at 16384."""
+
 NORM_PROGRAMS = 1024
 """Programs (and partial sums) for one gradient's sum of squares."""
 

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# The Triton kernels on a real NVIDIA GPU, in one call of at most 9 minutes that needs no network: their tests, compiled
+# and run on the device, then their times beside the roofline and torch, as RESULTS/<device>-<date>.json.
+#
+#   bench/gpu.sh [RESULTS]        default bench/results; PYTHON chooses the interpreter (default python3)
+#
+# Needs torch >= 2.11 with CUDA, triton >= 3.6, transformers and pytest; the package itself need not be installed.
+# Exit code: 0 all well, 1 a test failed or a step ran out of time, 2 the machine lacks something.
+set -uo pipefail
+results=$(realpath -m "${1:-$(dirname "$0")/results}")
+cd "$(dirname "$0")/.." || exit 2
+python=${PYTHON:-python3}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 SMEDJAN_TEST_DEVICE=cuda
+unset TRITON_INTERPRET
+
+"$python" - <<'CHECK' || exit 2
+import importlib.util, sys
+
+missing = [name for name in ("torch", "triton", "transformers", "pytest") if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit(f"missing here: {' '.join(missing)} (python -m pip install {' '.join(missing)})")
+import torch, triton
+
+if not torch.cuda.is_available():
+    sys.exit("torch sees no CUDA device")
+print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, python {sys.version.split()[0]}")
+CHECK
+
+# Most of the tests' time is Triton compiling: with pytest-xdist several processes do it at once.
+workers=()
+if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 8); else echo "pytest-xdist is not here: one process"; fi
+
+tests=passed
+# --confcutdir leaves out tests/conftest.py, which wants every dependency of the package.
+timeout 300 "$python" -m pytest -q "${workers[@]}" -p no:cacheprovider --confcutdir=tests/backends/cuda_triton \
+    tests/backends/cuda_triton/test_{common,norm,rope,glu,loss,optimizer}.py || tests=failed
+echo "kernel tests on the device: $tests"
+
+timeout 220 "$python" bench/gpu_kernels.py "$results" --tests "$tests" || exit 1
+[ "$tests" = passed ]
