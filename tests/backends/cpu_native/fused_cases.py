@@ -1,0 +1,189 @@
+"""Every fused op as a small graph with gradients, run three ways: fast, plain and in float64.
+
+`plain` is torch_reference in the dtype under test; the reference is the same decomposed graph with every cast made a
+widening to float64, so that it has no rounding that the bounds of tests/tolerances.py would have to know of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor as Array
+
+from smedjan.backends.torch_reference import RULES as ATEN
+from smedjan.backends.torch_reference import TorchReference
+from smedjan.graph.grad import grad
+from smedjan.graph.lowering import RuleTable
+from smedjan.graph.node import Graph
+from smedjan.graph.program import Program
+from smedjan.graph.rewrite import cse, decompose, prune
+from smedjan.graph.tensor import Tensor
+from smedjan.ops import attention as att
+from smedjan.ops.elementwise import add
+from smedjan.ops.glu import glu
+from smedjan.ops.loss import linear_cross_entropy
+from smedjan.ops.norm import rms_norm
+from smedjan.ops.rope import rope
+from tests.tolerances import assert_close
+
+WIDE = RuleTable("float64", parent=ATEN)
+
+
+@WIDE.rule("_cast")
+def _widen(x: Array, *, dtype: str) -> Array:
+    return x.double()
+
+
+@WIDE.rule("ones")
+def _one(*, dtype: str) -> Array:
+    return torch.ones((), dtype=torch.float64)
+
+
+class Float64(TorchReference):
+    """The exact backend over float64 arrays, whatever dtype a graph declares."""
+
+    name = "float64"
+    rules = WIDE
+
+
+@dataclass(frozen=True)
+class Case:
+    """`build` makes y from the inputs in `arrays`' order. Gradients of sum(y * dy), of y itself where `seeded` is no.
+
+    Arrays named in `kept` keep float32 whatever the dtype under test; the others' values are rounded to it.
+    """
+
+    build: Callable[..., Tensor]
+    arrays: dict[str, Array]
+    wrt: tuple[str, ...] = ()
+    seeded: bool = True
+    kept: tuple[str, ...] = ()
+
+    def values(self, dtype: torch.dtype) -> dict[str, Array]:
+        return {
+            name: array.to(dtype) if array.is_floating_point() and name not in self.kept else array
+            for name, array in self.arrays.items()
+        }
+
+    def program(self, rules: RuleTable, dtype: torch.dtype, *, exact: bool) -> Program:
+        graph = Graph()
+        for name, array in self.values(dtype).items():
+            graph.input(name, tuple(array.shape), str(array.dtype).removeprefix("torch."))
+        graph.output("y", self.build(*graph.inputs.values()))
+        if exact:
+            graph = decompose(graph, rules.has)
+        y = graph.outputs["y"]
+        if self.wrt:
+            seeds = {y: graph.input("dy", y.shape, y.dtype)} if self.seeded else None
+            found = grad(y, [graph.inputs[name] for name in self.wrt], seeds=seeds)
+            for name, gradient in zip(self.wrt, found, strict=True):
+                assert gradient is not None
+                graph.output(f"d{name}", gradient)
+        return Program(cse(prune(decompose(graph, rules.has))), rules)
+
+    def check(self, rules: RuleTable, op: str, dtype: torch.dtype) -> None:
+        """The table keeps `op` fused, and y and every gradient are within the bound."""
+        fast = self.program(rules, dtype, exact=False)
+        assert op in {call.node.op.name for call in fast.calls}
+        plain = self.program(ATEN, dtype, exact=True)
+        wide = self.program(WIDE, dtype, exact=True)
+        inputs = self.values(dtype)
+        if self.wrt and self.seeded:
+            y = plain.graph.outputs["y"]
+            dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
+            inputs["dy"] = dy.to(getattr(torch, y.dtype))
+        widened = {name: array.double() if array.is_floating_point() else array for name, array in inputs.items()}
+        before = {name: array.clone() for name, array in inputs.items()}
+        expected, torchs, found = wide(widened), plain(inputs), fast(inputs)
+        assert found.keys() == expected.keys()
+        for name, reference in expected.items():
+            assert found[name].dtype == torchs[name].dtype, name
+            assert_close(name, found[name], reference, torchs[name])
+        for name, array in before.items():
+            assert torch.equal(array, inputs[name]), f"{name} was written to"
+
+
+_generator = torch.Generator().manual_seed(20261124)
+
+
+def normal(*shape: int, scale: float = 1.0) -> Array:
+    return torch.randn(shape, generator=_generator) * scale
+
+
+def _norm(rows: int, dim: int, when: str, wrt: str, *, waits: bool) -> Case:
+    """`waits`: x is read after the norm too, so that a cotangent waits at x: `acc`."""
+
+    def build(x: Tensor, w: Tensor) -> Tensor:
+        y = rms_norm(x, w, eps=1e-5, weight_cast=when)
+        return add(x, y) if waits else y
+
+    return Case(build, {"x": normal(2, rows, dim), "w": 1 + normal(dim, scale=0.2)}, tuple(wrt))
+
+
+def _rope(dim: int, batch: int) -> Case:
+    """cos and sin of one row for all, or of a row each."""
+    angles = normal(batch, 1, 5, dim // 2, scale=2.0).repeat(1, 1, 1, 2)
+    return Case(rope, {"x": normal(2, 3, 5, dim), "cos": angles.cos(), "sin": angles.sin()}, ("x",))
+
+
+def _attention(heads: int, groups: int, seq: int, dim: int, mask: str) -> Case:
+    arrays = {"q": normal(2, heads, seq, dim), "k": normal(2, groups, seq, dim), "v": normal(2, groups, seq, dim)}
+    if mask == "padded":
+        arrays["m"] = torch.ones(2, seq, dtype=torch.bool)
+        arrays["m"][0, -2:] = False
+    if mask == "packed":
+        arrays["m"] = torch.tensor([[0] * 2 + [1] * (seq - 2), [0] * (seq - 1) + [1]])
+
+    def build(q: Tensor, k: Tensor, v: Tensor, m: Tensor | None = None) -> Tensor:
+        if m is not None:
+            m = att.padding_mask(m, queries=seq) if mask == "padded" else att.document_mask(m)
+        return att.attention(q, k, v, m, causal=mask == "causal", scale=dim**-0.5)
+
+    return Case(build, arrays, ("q", "k", "v"))
+
+
+def _loss(grads: str, *, rows: int = 5, seeded: bool = False, ignored: bool = False) -> Case:
+    labels = torch.randint(17, (rows,), generator=_generator)
+    labels[1::3] = -100
+    if ignored:
+        labels[:] = -100
+    arrays = {"x": normal(rows, 7), "w": normal(17, 7), "labels": labels, "n": torch.tensor(3.0)}
+
+    def build(*inputs: Tensor) -> Tensor:
+        return linear_cross_entropy(*inputs, grads=grads)
+
+    return Case(build, arrays, tuple(grads), seeded, kept=("n",))
+
+
+def _glu(wrt: str) -> Case:
+    return Case(glu, {"a": normal(3, 7, 13, scale=3), "b": normal(3, 7, 13)}, tuple(wrt))
+
+
+def _cases() -> dict[str, tuple[str, Case]]:
+    made: dict[str, tuple[str, Any]] = {}
+    for when in ("before", "after"):
+        for wrt in ("x", "w", "xw"):
+            for waits in (False, True):
+                name = f"rms_norm {when} {wrt}{' waiting' if waits else ''}"
+                made[name] = ("rms_norm_bwd", _norm(3, 33, when, wrt, waits=waits))
+    made["rms_norm of one column"] = ("rms_norm_bwd", _norm(5, 1, "before", "xw", waits=True))
+    made["rms_norm alone"] = ("rms_norm", _norm(3, 130, "before", "", waits=False))
+    for dim in (2, 10, 64):
+        for batch in (1, 2):
+            made[f"rope {dim} {batch}"] = ("rope_bwd", _rope(dim, batch))
+    for wrt in ("a", "b", "ab"):
+        made[f"glu {wrt}"] = ("glu_bwd", _glu(wrt))
+    for mask in ("causal", "padded", "packed", "none"):
+        for heads, groups in ((3, 3), (6, 2), (5, 1)):
+            made[f"attention {mask} {heads}/{groups}"] = ("attention_bwd", _attention(heads, groups, 7, 10, mask))
+    for grads in ("", "x", "w", "xw"):
+        made[f"linear_cross_entropy {grads or 'none'}"] = ("linear_cross_entropy", _loss(grads))
+    made["linear_cross_entropy of another cotangent"] = ("linear_cross_entropy", _loss("xw", seeded=True))
+    made["linear_cross_entropy of no trained row"] = ("linear_cross_entropy", _loss("xw", ignored=True))
+    return made
+
+
+CASES: dict[str, tuple[str, Case]] = _cases()

@@ -1,0 +1,34 @@
+"""A training step of a tiny Llama on cpu_native: every op has a lowering, and all that it makes is within the bound."""
+
+from __future__ import annotations
+
+import pytest
+
+from smedjan.passes.lora import Lora
+from tests.backends.cpu_native.tiny_llama import KINDS, check_step, programs
+
+LORA = Lora(rank=3, alpha=6.0, dropout=0.3, targets=("q_proj", "v_proj", "down_proj"))
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_within_the_bound(kind, dtype, lora):
+    check_step("cpu_native", kind, dtype, lora)
+
+
+def test_a_tied_head_is_within_the_bound():
+    check_step("cpu_native", "none", "float32", None, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+def test_fused_ops_stay_fused(lora):
+    fused = {"rms_norm", "rms_norm_bwd", "rope", "rope_bwd", "glu", "glu_bwd", "attention", "attention_bwd"}
+    *micros, update = programs("cpu_native", lora=lora)
+    for program in micros:
+        ran = {row["op"]: row["lowering"] for row in program.lowerings()}
+        assert fused | {"linear_cross_entropy"} <= ran.keys()
+        assert all(label.startswith(("cpu_native", "aten")) for label in ran.values()), ran
+        own = {op for op, label in ran.items() if label.startswith("cpu_native")}
+        assert own == fused - {"attention", "attention_bwd"} | {"linear_cross_entropy"}
+    assert {row["op"] for row in update.lowerings()} == {"global_norm", "clip_coefficient", "adamw_update"}

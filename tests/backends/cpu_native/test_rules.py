@@ -1,0 +1,26 @@
+"""cpu_native's fused rules are as near the float64 value as plain torch calls are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from smedjan.backends.cpu_native import RULES, loss
+from tests.backends.cpu_native.fused_cases import CASES, _loss
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_fused_op(name, dtype):
+    op, case = CASES[name]
+    case.check(RULES, op, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grads", ["", "x", "w", "xw"])
+def test_cross_entropy_by_chunks_of_rows(grads, dtype, monkeypatch):
+    """Chunks of four rows, of which the last has three."""
+    monkeypatch.setattr(loss, "CHUNK_ROWS", 4)
+    _loss(grads, rows=11).check(RULES, "linear_cross_entropy", dtype)
