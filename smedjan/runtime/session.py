@@ -65,9 +65,11 @@ class Session:
             **changes,
         )
 
-    def forward(self, decoder: Decoder) -> Graph:
-        """The declared graph with adapters, decomposed already where the backend is exact."""
-        graph = decoder.graph if self.lora is None else adapt(decoder.graph, self.lora)
+    def forward(self, decoder: Decoder, *, train: bool = False) -> Graph:
+        """The declared graph with adapters, decomposed already where the backend is exact. Dropout is for training."""
+        graph = decoder.graph
+        if self.lora is not None:
+            graph = adapt(graph, self.lora if train else replace(self.lora, dropout=0.0))
         return decompose(graph, self.backend.rules.has) if self.backend.exact else graph
 
     def finish(self, graph: Graph) -> Program:
@@ -93,7 +95,7 @@ class Session:
             head = llama.tied(self.config).get(llama.HEAD, llama.HEAD)
             grads = ("x" if names - {head} or head == llama.EMBEDDING else "") + ("w" if head in names else "")
             decoder.graph.output("loss", decoder.loss(grads))
-            graph = self.forward(decoder)
+            graph = self.forward(decoder, train=bool(wrt))
             self._differentiate(graph, wrt, accumulate)
             self._programs[key] = self.finish(graph)
         return self._programs[key]
