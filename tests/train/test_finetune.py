@@ -1,0 +1,114 @@
+"""A run's inputs, its log and what it trains: every kind of row, and one line for every bad input (issue 3, "Bad
+input": a row longer than the context, an all-masked data set; and a run that diverges)."""
+
+from __future__ import annotations
+
+import pytest
+
+import smedjan
+from smedjan.errors import SmedjanError
+
+CHATS = [
+    [{"role": "user", "content": f"hello {i}"}, {"role": "assistant", "content": f"world {i % 2}"}] for i in range(8)
+]
+ROWS = {
+    "text": [{"text": f"hello world {i % 2}"} for i in range(8)],
+    "messages": [{"messages": chat} for chat in CHATS],
+    "prompt and completion": [{"prompt": f"hello {i} ", "completion": f"world {i % 2}"} for i in range(8)],
+}
+
+
+def refused(config, field):
+    """The error of a run: one line that names the field."""
+    with pytest.raises(SmedjanError) as raised:
+        smedjan.finetune(config)
+    assert "\n" not in str(raised.value)
+    assert raised.value.field == field
+    assert raised.value.remedy
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("kind", ROWS)
+def test_every_kind_of_row_trains(configure, write_rows, read_log, kind, method):
+    config = configure(data=str(write_rows(ROWS[kind])), method=method, train__steps=12, train__batch_size=8)
+    run = smedjan.finetune(config)
+    losses = [event["loss"] for event in read_log(run.run_dir).steps]
+    assert losses[-1] < 0.8 * losses[0], losses
+    assert run.rows == {"kept": 8, "truncated": 0, "dropped": 0}
+    assert 0.2 < run.trained_share < 1, "a first token is never trained"
+
+
+def test_the_log(configure, write_rows, read_log):
+    """Each step is in log.jsonl as `on_step` saw it; the evaluation loss comes at its steps and after the last one."""
+    valid = write_rows([{"prompt": "hello 3 ", "completion": "world 0"}], "valid.jsonl")
+    seen = []
+    config = configure(eval_data=str(valid), train__steps=5, train__eval_every=2, optim__lr=1e-3)
+    run = smedjan.finetune(config, on_step=seen.append)
+    log = read_log(run.run_dir)
+    assert [event["step"] for event in log.steps] == [1, 2, 3, 4, 5]
+    assert [event["step"] for event in log.evals] == [2, 4, 5]
+    keys = {"step", "total_steps", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "tokens_per_s", "peak_bytes"}
+    assert all(set(event) == keys for event in log.steps)
+    assert [event for event in seen if "loss" in event] == log.steps
+    assert [event for event in seen if "eval_loss" in event] == log.evals
+    assert run.eval_loss == log.evals[-1]["eval_loss"]
+
+
+def test_the_evaluation_loss_is_the_saved_models(configure, write_rows, peer_trainer):
+    """transformers, with the model that the run saved, finds the loss that the run reported."""
+    import torch
+
+    rows = [{"prompt": "hello 3 ", "completion": "world 0"}, {"prompt": "hello ", "completion": "world 1 2 3"}]
+    config = configure(eval_data=str(write_rows(rows, "valid.jsonl")), train__steps=3, train__eval_every=0)
+    run = smedjan.finetune(config)
+    from smedjan.train.finetune import Finetune
+
+    batches = Finetune(config).eval_dataset.batches(batch_size=4, max_length=64, pad_to=16)
+    theirs = peer_trainer(run.run_dir, torch.float32, lr=1.0, clip=0.0).backward(list(batches))
+    assert run.eval_loss == pytest.approx(theirs, rel=1e-6)
+
+
+def test_all_masked_data(configure, write_rows):
+    rows = [{"messages": [{"role": "user", "content": "hello"}]}]
+    with pytest.raises(SmedjanError) as raised:
+        smedjan.finetune(configure(data=str(write_rows(rows))))
+    assert "\n" not in str(raised.value)
+    assert "train" in str(raised.value)
+
+
+def test_a_row_longer_than_the_context(configure, write_rows):
+    rows = [{"text": "hello"}, {"text": "hello world " * 50}]
+    with pytest.raises(SmedjanError) as raised:
+        smedjan.finetune(configure(data=str(write_rows(rows))))
+    assert "\n" not in str(raised.value)
+    assert "2" in str(raised.value), "the row is named"
+    run = smedjan.finetune(configure(data=str(write_rows(rows)), train__too_long="drop", train__steps=1))
+    assert run.rows == {"kept": 1, "truncated": 0, "dropped": 1}
+
+
+def test_max_length_beyond_the_context(configure):
+    assert "64" in refused(configure(train__max_length=65), "train.max_length")
+
+
+def test_an_unknown_target(configure):
+    message = refused(configure(method="lora", lora__targets="q_proj,z_proj"), "lora.targets")
+    assert "z_proj" in message
+
+
+@pytest.mark.parametrize("bad", ["all masked", "unknown target"])
+def test_a_refused_run_writes_nothing(configure, write_rows, tmp_path, bad):
+    rows = write_rows([{"messages": [{"role": "user", "content": "hello"}]}], "bad.jsonl")
+    flags = {"data": str(rows)} if bad == "all masked" else {"method": "lora", "lora__targets": "z_proj"}
+    with pytest.raises(SmedjanError):
+        smedjan.finetune(configure(**flags))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("backend", ["torch_reference", "cpu_native", "mlx_metal"])
+def test_a_run_that_diverges(configure, backend):
+    """A rate of 1e30 makes the weights overflow: the run ends with one line, not with NaN weights saved."""
+    config = configure(backend=backend, train__steps=10, optim__lr=1e30, optim__warmup=0, optim__schedule="constant")
+    message = refused(config, "optim.lr")
+    assert "step" in message
+    assert not (config.out / "model.safetensors").exists()
