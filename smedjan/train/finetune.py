@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from smedjan.hf.load import ModelFiles, open_model, open_session
 from smedjan.hf.peft import WEIGHTS as ADAPTER_WEIGHTS
 from smedjan.hf.peft import initial_adapter, write_adapter
 from smedjan.hf.tokenizer import load_tokenizer
+from smedjan.models import llama
 from smedjan.optim.adamw import AdamW
 from smedjan.optim.schedule import factor
 from smedjan.passes.lora import Lora
@@ -96,6 +98,13 @@ class Finetune:
             lora = config.lora
             self.lora = Lora(rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
             shapes = self.lora.shapes(self._shapes)
+            for module in (llama.EMBEDDING, llama.HEAD):
+                if self.lora.matches(module.removesuffix(".weight")):
+                    raise ConfigError(
+                        f"{module.removesuffix('.weight')!r} takes no adapter",
+                        field="lora.targets",
+                        remedy="name linear layers of the blocks, such as q_proj",
+                    )
             for target in lora.targets:
                 if not any(f".{target}.lora_A" in name for name in shapes):
                     raise ConfigError(
@@ -143,10 +152,16 @@ class Finetune:
             shifted / warmup if step < warmup else factor(optim.schedule, step, total=self.steps.total, warmup=warmup)
         )
 
+    @cached_property
+    def base_sha256(self) -> str:
+        """Of the weights a run starts from: adapters of one base mean nothing over another."""
+        return sha256_of(self.files.tensors)
+
     def state(self, history: list[Event]) -> Event:
         return {
             "config_hash": self.config.config_hash(),
             "data_sha256": self.dataset.fingerprint(),
+            "base_sha256": self.base_sha256,
             "seed": self.config.seed,
             "total_steps": self.steps.total,
             "method": self.config.method,

@@ -112,3 +112,9 @@ def test_a_run_that_diverges(configure, backend):
     message = refused(config, "optim.lr")
     assert "step" in message
     assert not (config.out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_beside_the_head_or_the_embedding_is_refused(configure, target):
+    """They are no linear layers of a block; the error names the flag, not a parameter that nobody declared."""
+    assert target in refused(configure(method="lora", lora__targets=f"q_proj,{target}"), "lora.targets")
