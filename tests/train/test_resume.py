@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import smedjan
 from smedjan.errors import ConfigError, SmedjanError
@@ -197,6 +199,17 @@ def test_resume_with_other_rows(configure, pairs, write_rows):
     other = write_rows(rows, "other.jsonl")
     with pytest.raises(SmedjanError, match="data_sha256"):
         smedjan.finetune(configure(data=str(other), train__steps=6, train__save_every=1, resume=True))
+
+
+def test_resume_over_another_base(configure, tiny, tmp_path):
+    """Adapters of one base mean nothing over another of the same shapes."""
+    stop_after(configure(method="lora", train__steps=6, train__save_every=1), 3)
+    other = shutil.copytree(tiny, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SmedjanError, match="base_sha256"):
+        smedjan.finetune(configure(model=str(other), method="lora", train__steps=6, train__save_every=1, resume=True))
 
 
 def test_what_decides_no_number_may_change(configure):
