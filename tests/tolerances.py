@@ -8,6 +8,10 @@ two of them, since another order of a sum may be as unlucky as torch's was lucky
 dtype, one rounding of the result, and one more because the plain error may be zero where torch happens to be exact.
 a: error of the device's approximate functions where a kernel uses them and torch does not (`APPROXIMATE`); zero in
 Triton's interpreter, whose functions are numpy's. FlashAttention's tests have the first two terms.
+
+A whole model's results are held to the same formula in Euclidean norms, tensor by tensor (`assert_near`): each inherits
+its error from all the layers around it, so that its largest element is a single draw, and a lucky one of the plain
+computation would bound nothing.
 """
 
 from __future__ import annotations
@@ -45,4 +49,11 @@ def bound(reference: Tensor, plain: Tensor, dtype: torch.dtype, *, scale: float 
 def assert_close(name: str, value: Tensor, reference: Tensor, plain: Tensor, *, scale: float | None = None) -> None:
     """`value` is within the bound of `reference`, to which `plain` is the plain torch computation."""
     found, most = error(value, reference), bound(reference, plain, value.dtype, scale=scale)
+    assert found <= most, f"{name}: error {found:.3e} > bound {most:.3e} ({value.dtype}, {list(value.shape)})"
+
+
+def assert_near(name: str, value: Tensor, reference: Tensor, plain: Tensor) -> None:
+    """A whole model's result: |value - reference| <= 2 |plain - reference| + 2 u |reference|, Euclidean norms."""
+    found = float((value.double() - reference).norm())
+    most = 2 * float((plain.double() - reference).norm()) + 2 * UNIT_ROUNDOFF[value.dtype] * float(reference.norm())
     assert found <= most, f"{name}: error {found:.3e} > bound {most:.3e} ({value.dtype}, {list(value.shape)})"

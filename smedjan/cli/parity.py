@@ -54,4 +54,4 @@ def _table(cases: Sequence[Case]) -> str:
 def _result(case: Case) -> str:
     if case.equal:
         return "equal"
-    return f"{'within' if case.holds else 'OUT OF'} {case.bound:.2g}: {case.max_abs:.2g}, {case.max_ulp} ulp"
+    return f"{'within' if case.holds else 'OUT OF'} {case.bound:.2g}: {case.error:.2g}, {case.max_ulp} ulp"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,9 @@ def continuation(batch: Batch) -> list[np.ndarray]:
 
 
 class Peer:
-    """transformers' own model of the same weights."""
+    """transformers' own model of the same weights in `dtype`; with `wide`, those weights computed with in float64."""
 
-    def __init__(self, files: ModelFiles, dtype: str, attention: str) -> None:
+    def __init__(self, files: ModelFiles, dtype: str, attention: str, *, wide: bool = False) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -32,16 +33,17 @@ class Peer:
             raise BackendError(
                 "transformers needs a model directory", file=files.path, remedy="smedjan import it first"
             )
-        self.exact = dtype != "float64"
         model = AutoModelForCausalLM.from_pretrained(
             files.path,
-            dtype=getattr(torch, "float32" if dtype == "float64" else dtype),
+            dtype=getattr(torch, dtype),
             attn_implementation=attention,
             local_files_only=True,
         )
-        self.model = model.double() if dtype == "float64" else model
-        self.wide = dtype == "float64"
-        self.names = [name for name, _ in self.model.named_parameters()]
+        self.wide = wide
+        self.model = model
+        if wide:
+            self.model = model.double()
+            widen_norms(self.model)
 
     def run(self, batch: Batch) -> dict[str, Named]:
         import torch
@@ -55,8 +57,11 @@ class Peer:
         labels = torch.full_like(shifted, IGNORE)
         labels[:, 1:] = shifted[:, :-1]
         out = self.model(input_ids=ids, attention_mask=mask, labels=labels)
+        loss = out.loss
+        if self.wide:  # transformers' own loss is computed in float32
+            loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), shifted.flatten(), ignore_index=IGNORE)
         self.model.zero_grad(set_to_none=True)
-        out.loss.backward()
+        loss.backward()
         grads = {name: host(parameter.grad) for name, parameter in self.model.named_parameters()}
         with torch.no_grad():
             step = self.model(input_ids=ids, attention_mask=mask, use_cache=True)
@@ -73,6 +78,19 @@ class Peer:
         logits = host(out.logits)
         return {
             "logits": {"logits": logits},
-            "gradients": {"loss": host(out.loss), **grads},
+            "gradients": {"loss": host(loss), **grads},
             "decode": decoded,
         }
+
+
+def widen_norms(model: Any) -> None:
+    """transformers computes RMS norms in float32 whatever their input is; a float64 reference must not."""
+    import torch
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    def wide(norm: Any, x: Any) -> Any:
+        return norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon))
+
+    for module in model.modules():
+        if isinstance(module, LlamaRMSNorm):
+            setattr(module, "forward", partial(wide, module))  # noqa: B010  (a method, for mypy)

@@ -95,7 +95,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class ParityCase:
-    """One comparison with `transformers`: equal to the bit, or `max_abs` away with `bound` allowed."""
+    """One comparison with `transformers`: equal to the bit, or `error` away with `bound` allowed."""
 
     name: str
     attention: str
@@ -106,13 +106,14 @@ class ParityCase:
     equal: bool
     max_abs: float
     max_ulp: float | None
+    error: float | None
     bound: float | None
 
     @property
     def verdict(self) -> str:
         if self.equal:
             return "equal to the bit"
-        if self.bound is not None and self.max_abs <= self.bound:
+        if self.bound is not None and self.error is not None and self.error <= self.bound:
             return "within bound"
         return "out of bound" if self.bound is not None else "differs"
 

@@ -195,6 +195,7 @@ def _parity(data: Fields) -> Parity:
             equal=row.boolean("equal"),
             max_abs=row.number("max_abs"),
             max_ulp=row.number_or_none("max_ulp"),
+            error=row.number_or_none("error"),
             bound=row.number_or_none("bound"),
         )
         for row in data.rows("cases")

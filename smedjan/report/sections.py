@@ -229,11 +229,12 @@ def _parity(parity: Parity) -> Section:
             el("td", case.padding),
             el("td", case.verdict, class_="held short" if case.held else "failed short"),
             _num(number(case.max_abs)),
+            _num("" if case.error is None else number(case.error)),
             _num("" if case.bound is None else number(case.bound)),
         ]
         for case in cases
     ]
-    head = ["Compared", "Attention", "Dtype", "Batch", "Padding", "Result", "#Largest difference", "#Bound"]
+    head = ["Compared", "Attention", "Dtype", "Batch", "Padding", "Result", "#Largest difference", "#Error", "#Bound"]
     skipped = [el("p", f"Skipped: {name}: {reason}", class_="note") for name, reason in parity.skipped]
     return _section("parity", "Parity", finding, _table(None, head, rows, "dense") if rows else None, *skipped)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +13,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from smedjan.data.collate import IGNORE, Batch
+from smedjan.hf.peer import widen_norms
 from smedjan.train.config import FinetuneConfig
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}"
@@ -95,17 +94,6 @@ def configure(tiny: Path, pairs: Path, tmp_path: Path) -> Callable[..., Finetune
     return make
 
 
-def _widen_norms(model: LlamaForCausalLM) -> None:
-    """LlamaRMSNorm computes in float32 whatever its input is; a float64 reference must not."""
-
-    def wide(norm: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon))
-
-    for module in model.modules():
-        if isinstance(module, LlamaRMSNorm):
-            module.forward = partial(wide, module)
-
-
 class PeerTrainer:
     """transformers' model of a directory, trained by torch.optim.AdamW on smedjan's batches."""
 
@@ -113,7 +101,7 @@ class PeerTrainer:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa")
         self.model = model.to(dtype)
         if dtype == torch.float64:
-            _widen_norms(self.model)
+            widen_norms(self.model)
         self.clip = clip
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=0.0, foreach=False)
 
