@@ -29,7 +29,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 import smedjan
 from smedjan.api import FinetuneConfig, Model, Run, Tokenizer
 from smedjan.checkpoint.atomic import write_atomic
+from smedjan.data.formats import Source, row_of
 from smedjan.errors import CheckpointError, SmedjanError
+from smedjan.evaluate.run import greedy_answers
 from smedjan.evaluate.stats import bootstrap_mean, bootstrap_paired_difference
 from smedjan.report.html import write_report
 from smedjan.report.run_dir import from_run
@@ -163,11 +165,13 @@ def train_adapter(config: FinetuneConfig) -> Run:
 
 
 def evaluate(model: Model, test: baselines.Rows, scores: list[baselines.Baseline]) -> dict[str, object]:
-    tokenizer = model.tokenizer
-    answers = []
+    rows = [row_of(row, Source(file=Path("test.jsonl"), line=line)) for line, row in enumerate(test, start=1)]
     with Progress(console=console, transient=True) as progress:
-        for row in progress.track(test, description="notices"):
-            answers.append(answer(model, tokenizer, row["prompt"]))
+        bar = progress.add_task("notices", total=len(rows))
+        found = greedy_answers(
+            model.session, model.tokenizer, rows, on_row=lambda done, _: progress.update(bar, completed=done)
+        )
+    answers = [text.strip() for text in found]
     correct = [given == row["completion"] for given, row in zip(answers, test, strict=True)]
     mean = bootstrap_mean(correct)
     best = max(scores, key=lambda score: score.accuracy.estimate)

@@ -150,10 +150,15 @@ class Decoder:
         return linear(x, self.parameters[f"{name}.weight"], self.parameters.get(f"{name}.bias"))
 
     def logits(self) -> Tensor:
-        """[B, T, V] in the form's dtype."""
+        """[B, T, V] in the form's dtype; [R, V] of the rows chosen, where the form has `rows`."""
         hidden = self.hidden()
         with self.graph.scope("lm_head"):
-            return linear(hidden, self.head)
+            return linear(self._chosen(hidden) if self.form.rows else hidden, self.head)
+
+    def _chosen(self, hidden: Tensor) -> Tensor:
+        form = self.form
+        flat = reshape(hidden, shape=(form.batch * form.seq, hidden.shape[-1]))
+        return take_rows(flat, self.graph.input("loss_rows", (form.rows,), "int64"))
 
     def loss(self, grads: str) -> Tensor:
         """Mean cross-entropy over the step's trained tokens, float32. `grads` as in `linear_cross_entropy`."""
@@ -163,7 +168,5 @@ class Decoder:
         labels = graph.input("labels", (rows,), "int64")
         num_items = graph.input("num_items", (), "float32")
         with graph.scope("lm_head"):
-            if form.rows:
-                flat = reshape(hidden, shape=(form.batch * form.seq, hidden.shape[-1]))
-                hidden = take_rows(flat, graph.input("loss_rows", (rows,), "int64"))
+            hidden = self._chosen(hidden) if form.rows else hidden
             return linear_cross_entropy(hidden, self.head, labels, num_items, grads=grads)

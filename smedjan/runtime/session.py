@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smedjan.backends.base import Array, Backend
+from smedjan.checkpoint.dtype import to_float32
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.errors import ShapeError
 from smedjan.graph.grad import grad
@@ -154,6 +155,20 @@ class Session:
         program = self.logits_program(self.form(batch))
         inputs = {**self.parameters, **self.batch_inputs(batch)}
         return (program(inputs, observe=observe) if observe else program(inputs))["logits"]
+
+    def predictions(self, batch: Batch) -> np.ndarray:
+        """The likeliest token at each trained row, int64 [R] in the order of `batch.loss_rows`."""
+        chosen = batch.loss_rows
+        if self.backend.exact:  # the head on some rows alone has other bits than on all
+            logits = self.logits(batch)
+        else:
+            chosen = bucket_rows(batch.labels.reshape(-1))
+            inputs = {**self.parameters, **self.batch_inputs(batch), "loss_rows": self.host(chosen, "int64")}
+            logits = self.logits_program(self.form(batch, rows=len(chosen)))(inputs)["logits"]
+        raw = self.backend.to_raw(logits)
+        values = to_float32(raw).reshape(-1, raw.shape[-1])
+        rows = values[batch.loss_rows] if self.backend.exact else values[: len(batch.loss_rows)]
+        return rows.argmax(-1)
 
 
 def bucket_rows(labels: np.ndarray) -> np.ndarray:
