@@ -14,6 +14,7 @@ from smedjan.graph.rewrite import Replay
 from smedjan.graph.tensor import Tensor
 from smedjan.ops.elementwise import add, cast, scale
 from smedjan.ops.linear import linear
+from smedjan.ops.lora import lora_linear
 from smedjan.ops.random import dropout
 
 DTYPE = "float32"
@@ -70,14 +71,15 @@ class _Adapt(Replay):
         x, weight, bias = self.inputs(node)
         assert x is not None
         assert weight is not None
-        base = linear(x, weight, bias)
         a = self.graph.input(a_name(module), (lora.rank, weight.shape[1]), DTYPE)
         b = self.graph.input(b_name(module), (weight.shape[0], lora.rank), DTYPE)
-        wide = cast(x, DTYPE)
-        if lora.dropout > 0:
-            wide = dropout(wide, self._key(), p=lora.dropout, site=self.sites)
-            self.sites += 1
-        low = scale(linear(linear(wide, a), b), factor=lora.scaling)
+        if lora.dropout == 0:
+            self.map[node.outputs[0]] = lora_linear(x, weight, bias, a, b, scaling=lora.scaling)
+            return
+        base = linear(x, weight, bias)
+        dropped = dropout(cast(x, DTYPE), self._key(), p=lora.dropout, site=self.sites)
+        self.sites += 1
+        low = scale(linear(linear(dropped, a), b), factor=lora.scaling)
         self.map[node.outputs[0]] = cast(add(cast(base, DTYPE), low), base.dtype)
 
     def _key(self) -> Tensor:

@@ -14,6 +14,7 @@ from smedjan.graph.program import Program
 from smedjan.graph.rewrite import BACKWARD_OF, decompose
 from smedjan.ops.attention import attention, attention_bwd
 from smedjan.ops.glu import glu, glu_bwd
+from smedjan.ops.lora import lora_linear, lora_linear_bwd
 from smedjan.ops.norm import rms_norm, rms_norm_bwd
 from smedjan.ops.rope import rope, rope_bwd
 from tests.conftest import assert_bits
@@ -55,7 +56,7 @@ def assert_same(ours, theirs) -> None:
 
 
 def test_these_are_all_of_them():
-    assert set(BACKWARD_OF) == {"rms_norm_bwd", "rope_bwd", "glu_bwd", "attention_bwd"}
+    assert set(BACKWARD_OF) == {"rms_norm_bwd", "rope_bwd", "glu_bwd", "attention_bwd", "lora_linear_bwd"}
     assert set(BACKWARD_OF) <= set(OPS)
 
 
@@ -80,6 +81,21 @@ def test_glu_bwd(needs):
     gate, up, dy = normal(3, 7), normal(3, 7) * 2, normal(7, 3).t().contiguous()
     ours = run(glu_bwd, (gate, up, dy), needs=needs, act="silu")
     assert_same(ours, autograd(glu, (gate, up), [n for n in (0, 1) if needs[n]], dy))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("waits", [False, True], ids=["", "waiting"])
+@pytest.mark.parametrize("needs", [(True, True, True), (False, True, True), (True, False, False)])
+def test_lora_linear_bwd(needs, waits, dtype):
+    x, w, dy = normal(2, 5, 13).to(dtype), normal(7, 13).to(dtype), normal(2, 5, 7).to(dtype)
+    a, b, acc = normal(3, 13), normal(7, 3), normal(2, 5, 13).flip(0).to(dtype) if waits else None
+    low = torch.full((2, 5, 3), float("nan"))  # the decomposition recomputes it
+    ours = run(lora_linear_bwd, (dy, x, w, a, b, low, acc), needs=needs, scaling=1.5)
+    wrt = [n for n, need in zip((0, 3, 4), needs, strict=True) if need]
+    theirs = list(autograd(lora_linear, (x, w, None, a, b), wrt, dy, scaling=1.5))
+    if waits and needs[0]:
+        theirs[0] = acc + theirs[0]
+    assert_same(ours, theirs)
 
 
 def test_rope_bwd():

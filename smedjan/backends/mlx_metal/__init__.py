@@ -16,6 +16,7 @@ from smedjan.backends.mlx_metal import (  # noqa: F401  (each fills RULES)
     embedding,
     glu,
     linear,
+    lora,
     loss,
     norm,
     optimizer,

@@ -24,6 +24,8 @@ from smedjan.graph.tensor import Tensor
 from smedjan.ops import attention as att
 from smedjan.ops.elementwise import add
 from smedjan.ops.glu import glu
+from smedjan.ops.linear import linear
+from smedjan.ops.lora import lora_linear
 from smedjan.ops.loss import linear_cross_entropy
 from smedjan.ops.norm import rms_norm
 from smedjan.ops.rope import rope
@@ -160,6 +162,26 @@ def _loss(grads: str, *, rows: int = 5, seeded: bool = False, ignored: bool = Fa
 
 def _glu(wrt: str) -> Case:
     return Case(glu, {"a": normal(3, 7, 13, scale=3), "b": normal(3, 7, 13)}, tuple(wrt))
+
+
+def _lora(wrt: str, *, bias: bool, waits: bool) -> Case:
+    """`waits`: another product reads x too, so that a cotangent waits at x: `acc`."""
+
+    def build(x: Tensor, w: Tensor, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
+        y = lora_linear(x, w, c, a, b, scaling=1.5)
+        return add(y, linear(x, w)) if waits else y
+
+    arrays = {"x": normal(2, 5, 13), "w": normal(7, 13), "a": normal(3, 13), "b": normal(7, 3)}
+    return Case(build, arrays | ({"c": normal(7)} if bias else {}), tuple(wrt), kept=("a", "b"))
+
+
+LORA = {
+    f"{wrt}{' bias' if bias else ''}{' waiting' if waits else ''}": _lora(wrt, bias=bias, waits=waits)
+    for wrt in ("xab", "ab", "x", "b", "xw")
+    for bias in (False, True)
+    for waits in (False, True)
+}
+"""Of `lora_linear`, which cpu_native alone of torch's backends fuses."""
 
 
 def _cases() -> dict[str, tuple[str, Case]]:

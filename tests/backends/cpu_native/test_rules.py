@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smedjan.backends.cpu_native import RULES, loss
-from tests.backends.cpu_native.fused_cases import CASES, _loss
+from tests.backends.cpu_native.fused_cases import CASES, LORA, _loss
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -16,6 +16,12 @@ DTYPES = [torch.float32, torch.bfloat16]
 def test_fused_op(name, dtype):
     op, case = CASES[name]
     case.check(RULES, op, dtype)
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_lora_linear(name):
+    """Float32 alone is fused: another dtype rounds the sum of both products once, which BLAS would not."""
+    LORA[name].check(RULES, "lora_linear", torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,7 +8,7 @@ from mlx_pair import Case
 from smedjan.ops import attention as att
 from smedjan.ops import elementwise as el
 from smedjan.ops import embedding as emb
-from smedjan.ops import glu, linear, loss, norm, optimizer, random, rope
+from smedjan.ops import glu, linear, lora, loss, norm, optimizer, random, rope
 from smedjan.ops.cache import kv_read, kv_write
 
 _generator = torch.Generator().manual_seed(0)
@@ -57,7 +57,15 @@ def _rows() -> dict[str, Case]:
 def _linear() -> dict[str, Case]:
     arrays = {"x": normal(2, 5, 13), "w": normal(7, 13), "b": normal(7)}
     mats = {"a": normal(2, 3, 5, 7), "b": normal(2, 3, 7, 4)}
+    adapter = {**arrays, "la": normal(3, 13), "lb": normal(7, 3)}
+    fixed = frozenset({"la", "lb"})  # adapters are float32 beside weights of any dtype
+
+    def adapted(i):
+        y = lora.lora_linear(i["x"], i["w"], i["b"], i["la"], i["lb"], scaling=1.5)
+        return el.add(y, linear.linear(i["x"], i["w"]))  # read again, so that a cotangent waits at x
+
     return {
+        "lora_linear": Case(adapted, adapter, ("x", "la", "lb"), 16, fixed),
         "linear": Case(lambda i: linear.linear(i["x"], i["w"], i["b"]), arrays, ("x", "w", "b"), 13),
         "linear_no_bias": Case(lambda i: linear.linear(i["x"], i["w"]), arrays, ("x", "w"), 13),
         "matmul": Case(lambda i: linear.matmul(i["a"], i["b"]), mats, ("a", "b"), 7),
