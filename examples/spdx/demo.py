@@ -105,8 +105,8 @@ def finetune_config(base: Path, data: Path, run: Path) -> FinetuneConfig:
         out=run,
         method="lora",
         resume=run.exists(),
-        # About eight notices a step, packed: padded to the longest, half of a batch would be padding.
-        train=TrainConfig(epochs=2.0, batch_size=2, max_length=192, packing=True, eval_every=50, save_every=100),
+        # About sixteen notices a step, packed: padded to the longest, half of a batch would be padding.
+        train=TrainConfig(epochs=2.0, batch_size=6, max_length=128, packing=True, eval_every=100, save_every=100),
         optim=OptimConfig(lr=1e-3),
         lora=LoraConfig(rank=16),
     )
@@ -200,7 +200,8 @@ def evaluate(model: Model, test: baselines.Rows, scores: list[baselines.Baseline
 
 def measure(config: FinetuneConfig) -> dict[str, object]:
     # Padded rows, which is how transformers + peft train: the same batches on both sides.
-    rounds = interleaved(replace(config, train=replace(config.train, batch_size=8, max_length=None, packing=False)))
+    padded = replace(config, train=replace(config.train, batch_size=4, packing=False))
+    rounds = interleaved(padded, rounds=4, steps=1)
     ratios = sorted(ours / theirs for ours, theirs in rounds)
     console.print(
         "  ".join(f"{ours:.0f} / {theirs:.0f}" for ours, theirs in rounds)

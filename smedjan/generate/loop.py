@@ -38,8 +38,8 @@ def generate(
     cache = Cache(session, batch=1, capacity=-(-wanted // CAPACITY_STEP) * CAPACITY_STEP)
     fresh = list(seen)
     for step in range(max_new_tokens):
-        raw = session.backend.to_raw(cache.feed(np.asarray([fresh])))
-        logits = to_float32(raw).reshape(raw.shape)[0, -1]
+        raw = session.backend.to_raw(cache.feed(np.asarray([fresh]), last=True))
+        logits = to_float32(raw).reshape(-1, raw.shape[-1])[-1]
         token = choose(logits, seen, sampling, step)
         seen.append(token)
         yield token

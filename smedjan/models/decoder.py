@@ -30,7 +30,7 @@ KINDS = ("causal", "padded", "packed")
 class Form:
     """What a program is bound to: dims, dtype and which of the mask paths the batch takes.
 
-    rows      R, trained rows fed to the head alone (fast backends); 0 feeds every row, as transformers does
+    rows      R, the rows that reach the head (fast backends); 0 takes every row, as transformers does
     capacity  S, length of the key/value caches; 0 runs without one
     positions rows of position_ids: 1 where all rows of the batch count alike (transformers' strides depend on it), or B
     """
@@ -50,10 +50,15 @@ class Form:
 
 @dataclass
 class Decoder:
-    """Builds one graph: parameters are inputs under their HF names, made in `named_parameters()` order."""
+    """Builds one graph: parameters are inputs under their HF names, made in `named_parameters()` order.
+
+    `early` chooses the form's rows behind the last attention, since what follows takes each row by itself; without it
+    they are chosen before the last norm. Dropout needs that: its masks count the elements of all rows.
+    """
 
     config: LlamaConfig
     form: Form
+    early: bool = True
     graph: Graph = field(default_factory=Graph)
 
     def __post_init__(self) -> None:
@@ -68,7 +73,8 @@ class Decoder:
         return self.parameters[tied.get(llama.HEAD, llama.HEAD)]
 
     def hidden(self) -> Tensor:
-        """Hidden states after the last norm, [B, T, H]. Declares the batch's inputs and, with a cache, its outputs."""
+        """Hidden states after the last norm, [B, T, H], or [R, H] of the form's rows. Declares the batch's inputs and,
+        with a cache, its outputs."""
         form, graph = self.form, self.graph
         input_ids = graph.input("input_ids", (form.batch, form.seq), "int64")
         position_ids = graph.input("position_ids", (form.positions, form.seq), "int64")
@@ -89,9 +95,13 @@ class Decoder:
         window = None
         if form.capacity:
             window = (graph.input("start", (), "int64"), graph.input("end", (), "int64"))
+        chosen = graph.input("loss_rows", (form.rows,), "int64") if form.rows else None
         for layer in range(self.config.num_hidden_layers):
+            last = layer == self.config.num_hidden_layers - 1
             with graph.scope(f"layers.{layer}"):
-                x = self._block(x, layer, cos, sin, mask, window)
+                x = self._block(x, layer, cos, sin, mask, window, chosen if last and self.early else None)
+        if chosen is not None and not self.early:
+            x = self._chosen(x, chosen)
         with graph.scope("norm"):
             return rms_norm(x, self.parameters["model.norm.weight"], eps=self.config.rms_norm_eps)
 
@@ -104,12 +114,17 @@ class Decoder:
             return padding_mask(graph.input("attention_mask", (form.batch, keys), "bool"), queries=form.seq)
         return causal_mask(input_ids, keys=keys) if form.attention == "eager" and form.seq > 1 else None
 
-    def _block(self, x: Tensor, layer: int, cos: Tensor, sin: Tensor, mask: Tensor | None, window) -> Tensor:
+    def _block(
+        self, x: Tensor, layer: int, cos: Tensor, sin: Tensor, mask: Tensor | None, window, rows: Tensor | None
+    ) -> Tensor:
         prefix, eps, graph = f"model.layers.{layer}", self.config.rms_norm_eps, self.graph
         with graph.scope("input_layernorm"):
             normed = rms_norm(x, self.parameters[f"{prefix}.input_layernorm.weight"], eps=eps)
         with graph.scope("self_attn"):
-            attended = self._attention(normed, f"{prefix}.self_attn", cos, sin, mask, window)
+            heads = self._attention(normed, f"{prefix}.self_attn", cos, sin, mask, window)
+            if rows is not None:
+                x, heads = self._chosen(x, rows), self._chosen(heads, rows)
+            attended = self._linear(heads, f"{prefix}.self_attn.o_proj")
         x = add(x, attended)
         with graph.scope("post_attention_layernorm"):
             normed = rms_norm(x, self.parameters[f"{prefix}.post_attention_layernorm.weight"], eps=eps)
@@ -138,7 +153,11 @@ class Decoder:
             scale=config.head_dim**-0.5,
             implementation=form.attention,
         )
-        return self._linear(merge_heads(y), f"{prefix}.o_proj")
+        return merge_heads(y)
+
+    def _chosen(self, x: Tensor, rows: Tensor) -> Tensor:
+        """[B, T, D] -> [R, D]"""
+        return take_rows(reshape(x, shape=(self.form.batch * self.form.seq, x.shape[-1])), rows)
 
     def _cached(self, name: str, fresh: Tensor, start: Tensor, end: Tensor) -> Tensor:
         shape = (fresh.shape[0], fresh.shape[1], self.form.capacity, fresh.shape[3])
@@ -153,12 +172,7 @@ class Decoder:
         """[B, T, V] in the form's dtype; [R, V] of the rows chosen, where the form has `rows`."""
         hidden = self.hidden()
         with self.graph.scope("lm_head"):
-            return linear(self._chosen(hidden) if self.form.rows else hidden, self.head)
-
-    def _chosen(self, hidden: Tensor) -> Tensor:
-        form = self.form
-        flat = reshape(hidden, shape=(form.batch * form.seq, hidden.shape[-1]))
-        return take_rows(flat, self.graph.input("loss_rows", (form.rows,), "int64"))
+            return linear(hidden, self.head)
 
     def loss(self, grads: str) -> Tensor:
         """Mean cross-entropy over the step's trained tokens, float32. `grads` as in `linear_cross_entropy`."""
@@ -168,5 +182,4 @@ class Decoder:
         labels = graph.input("labels", (rows,), "int64")
         num_items = graph.input("num_items", (), "float32")
         with graph.scope("lm_head"):
-            hidden = self._chosen(hidden) if form.rows else hidden
             return linear_cross_entropy(hidden, self.head, labels, num_items, grads=grads)

@@ -91,7 +91,7 @@ class Session:
         """loss and grad.NAME for each name; with `accumulate`, each is added to the input total of the same name."""
         key = ("micro", form, tuple(wrt), accumulate)
         if key not in self._programs:
-            decoder = Decoder(self.config, form)
+            decoder = Decoder(self.config, form, early=self.lora is None or self.lora.dropout == 0)
             names = {llama.tied(self.config).get(name, name) for name in wrt}
             head = llama.tied(self.config).get(llama.HEAD, llama.HEAD)
             grads = ("x" if names - {head} or head == llama.EMBEDDING else "") + ("w" if head in names else "")
@@ -197,8 +197,13 @@ class Cache:
             for kind in "kv"
         }
 
-    def feed(self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None) -> Array:
-        """Logits [B, T, V] of the new tokens; `attention_mask` [B, length + T] covers old and new ones."""
+    def feed(
+        self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, *, last: bool = False
+    ) -> Array:
+        """Logits [B, T, V] of the new tokens; `attention_mask` [B, length + T] covers old and new ones.
+
+        With `last`, a fast backend makes those of each row's last token alone, [B, V].
+        """
         session, ids = self.session, np.asarray(input_ids, dtype=np.int64)
         seq, end = ids.shape[1], self.length + ids.shape[1]
         assert end <= self.capacity, f"{end} tokens in a cache for {self.capacity}"
@@ -215,12 +220,15 @@ class Cache:
             kind="padded" if padded else "causal",
             attention=session.attention,
             capacity=self.capacity,
+            rows=self.batch if last and not session.backend.exact else 0,
         )
         inputs = {**session.parameters, **self.arrays}
         inputs["input_ids"] = session.host(ids, "int64")
         inputs["position_ids"] = session.host(positions, "int64")
         if padded:
             inputs["attention_mask"] = session.host(attention_mask, "bool")
+        if form.rows:
+            inputs["loss_rows"] = session.host(np.arange(1, self.batch + 1) * seq - 1, "int64")
         inputs["start"], inputs["end"] = self.length, end
         made = session.logits_program(form)(inputs)
         self.arrays = {name: made[name] for name in self.arrays}
