@@ -26,7 +26,7 @@ Step = Callable[[list[Batch], int], float]
 def interleaved(config: FinetuneConfig, *, rounds: int = 4, steps: int = 2) -> list[tuple[float, float]]:
     """(ours, theirs) in tokens a second, of each round, after one that does not count."""
     parts = Finetune(config)
-    sides = (_ours(parts), _theirs(config))
+    sides = (_ours(parts), _theirs(config, parts.lora.layers))
     pairs: list[tuple[float, float]] = []
     first = parts.steps.batches_for_step(0)
     losses = [side(first, 1) for side in sides]
@@ -58,7 +58,7 @@ def _ours(parts: Finetune) -> Step:
     return step
 
 
-def _theirs(config: FinetuneConfig) -> Step:
+def _theirs(config: FinetuneConfig, layers: tuple[int, ...] | None) -> Step:
     lora, optim = config.lora, config.optim
     base = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     model = get_peft_model(
@@ -68,6 +68,7 @@ def _theirs(config: FinetuneConfig) -> Step:
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules=list(lora.targets),
+            layers_to_transform=None if layers is None else list(layers),
             task_type="CAUSAL_LM",
         ),
     )

@@ -37,6 +37,7 @@ def write_adapter(directory: Path, lora: Lora, tensors: Mapping[str, RawTensor],
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
+        "layers_to_transform": None if lora.layers is None else list(lora.layers),
     }
     write_atomic(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
@@ -50,7 +51,6 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "modules_to_save": (None, []),
     "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}),
-    "layers_to_transform": (None, []),
     "exclude_modules": (None, []),
     "trainable_token_indices": (None, []),
 }
@@ -78,12 +78,23 @@ def read_adapter(directory: Path) -> tuple[Lora, Mapping[str, RawTensor]]:
             alpha=float(config["lora_alpha"]),
             dropout=float(config.get("lora_dropout", 0.0)),
             targets=tuple(targets),
+            layers=_layers(config.get("layers_to_transform"), file),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"is missing or no number: {error}", file=file, field="r", remedy="save it with PEFT"
         ) from error
     return lora, open_file(directory / WEIGHTS)
+
+
+def _layers(value: Any, file: Path) -> tuple[int, ...] | None:
+    """PEFT's layers_to_transform: a number or a list of them; an empty list means all."""
+    if value is None or value == []:
+        return None
+    numbers = value if isinstance(value, list) else [value]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ConfigError(f"is {value!r}", file=file, field="layers_to_transform", remedy="list numbers of layers")
+    return tuple(numbers)
 
 
 def initial_adapter(lora: Lora, shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, RawTensor]:

@@ -6,6 +6,7 @@ to the bit. Adapters are float32 beside weights of any dtype; x is widened for t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,12 +23,17 @@ DTYPE = "float32"
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """rank r, alpha, dropout p, and the last parts of the names of the modules that get an adapter."""
+    """rank r, alpha, dropout p, and the last parts of the names of the modules that get an adapter.
+
+    `layers` limits them to blocks of these numbers (PEFT's layers_to_transform); below the lowest, nothing is
+    differentiated.
+    """
 
     rank: int
     alpha: float
     dropout: float
     targets: tuple[str, ...]
+    layers: tuple[int, ...] | None = None
 
     @property
     def scaling(self) -> float:
@@ -35,6 +41,10 @@ class Lora:
 
     def matches(self, module: str) -> bool:
         """PEFT's rule for a list: the module's name is a target or ends in `.target`."""
+        if self.layers is not None:
+            block = re.search(r"\.layers\.(\d+)\.", module)
+            if block is not None and int(block.group(1)) not in self.layers:
+                return False  # a module outside the blocks is not limited, as in PEFT
         return any(module == target or module.endswith(f".{target}") for target in self.targets)
 
     def shapes(self, parameters: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

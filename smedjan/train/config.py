@@ -165,6 +165,10 @@ class LoraConfig(_Section):
     targets: tuple[str, ...] = field(
         default=LINEAR_LAYERS, metadata={"help": "names of the modules that get an adapter, by commas"}
     )
+    last_layers: int | None = field(
+        default=None,
+        metadata={"ge": 1, "help": "adapters in the last N layers alone: the others need no backward (default all)"},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

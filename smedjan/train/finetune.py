@@ -96,7 +96,13 @@ class Finetune:
         self.lora = None
         if config.method == "lora":
             lora = config.lora
-            self.lora = Lora(rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, targets=lora.targets)
+            self.lora = Lora(
+                rank=lora.rank,
+                alpha=lora.alpha,
+                dropout=lora.dropout,
+                targets=lora.targets,
+                layers=self._adapted_layers(lora.last_layers),
+            )
             shapes = self.lora.shapes(self._shapes)
             for module in (llama.EMBEDDING, llama.HEAD):
                 if self.lora.matches(module.removesuffix(".weight")):
@@ -112,6 +118,18 @@ class Finetune:
                         field="lora.targets",
                         remedy="see smedjan graph for the names",
                     )
+
+    def _adapted_layers(self, last: int | None) -> tuple[int, ...] | None:
+        count = self.files.config.num_hidden_layers
+        if last is None:
+            return None
+        if last > count:
+            raise ConfigError(
+                f"{last} is more than the model's {count} layers",
+                field="lora.last_layers",
+                remedy=f"give --lora.last-layers {count} or less",
+            )
+        return tuple(range(count - last, count))
 
     @property
     def _shapes(self) -> dict[str, tuple[int, ...]]:

@@ -63,6 +63,7 @@ def test_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "import_base", lambda base: None if base.exists() else save_tiny_model(base))
     monkeypatch.setattr(task, "build", tiny_task)
     monkeypatch.setattr(task, "TRAIN", 48)
+    monkeypatch.setattr(demo, "LAST_LAYERS", 1)
     monkeypatch.setattr(demo, "console", Console(record=True, width=200))
     out = tmp_path / "out"
 

@@ -56,6 +56,27 @@ def test_shapes_are_pefts(targets):
     assert list(ours.items()) == list(theirs.items())
 
 
+@pytest.mark.parametrize("layers", [(1,), (0,), (0, 1)])
+def test_layers_are_pefts_layers_to_transform(layers):
+    peer = make_peer(num_key_value_heads=2)
+    lora = Lora(rank=3, alpha=6.0, dropout=0.0, targets=("q_proj", "down_proj", "lm_head"), layers=layers)
+    ours = lora.shapes(shapes_of(make_session(peer)))
+    wanted = LoraConfig(r=3, target_modules=list(lora.targets), layers_to_transform=list(layers))
+    model = get_peft_model(peer, wanted)
+    theirs = {n.replace(".default", ""): tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+    assert list(ours.items()) == list(theirs.items())
+
+
+def test_nothing_below_the_lowest_adapter_is_differentiated():
+    session = make_session(make_peer())
+    session.lora = Lora(rank=3, alpha=6.0, dropout=0.0, targets=("q_proj", "down_proj"), layers=(1,))
+    names = list(session.lora.shapes(shapes_of(session)))
+    program = session.micro_program(Form(batch=2, seq=5), names)
+    backward = [call.node.scope for call in program.calls if "backward" in call.node.scope]
+    assert any(scope.startswith("layers.1.") for scope in backward)
+    assert not any(scope.startswith("layers.0") for scope in backward)
+
+
 @pytest.mark.parametrize("target", ["proj", "_proj", "elf_attn.q_proj", "q_proj.weight", "layers", ""])
 def test_a_part_of_a_name_is_no_match(target):
     peer = make_peer()

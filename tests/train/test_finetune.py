@@ -114,6 +114,19 @@ def test_a_run_that_diverges(configure, backend):
     assert not (config.out / "model.safetensors").exists()
 
 
+def test_more_layers_than_the_model_has(configure):
+    assert "2 layers" in refused(configure(method="lora", lora__last_layers=3), "lora.last_layers")
+
+
+def test_adapters_in_the_last_layer_alone(configure):
+    """The run's adapter names the layers as PEFT does, and loads with them."""
+    run = smedjan.finetune(configure(method="lora", lora__last_layers=1, train__steps=2))
+    session = smedjan.load(run.run_dir).session
+    adapters = [name for name in session.parameters if "lora_" in name]
+    assert adapters
+    assert all(".layers.1." in name for name in adapters)
+
+
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_an_adapter_beside_the_head_or_the_embedding_is_refused(configure, target):
     """They are no linear layers of a block; the error names the flag, not a parameter that nobody declared."""
