@@ -28,7 +28,7 @@ FLAGS = {
         *("--train.max-length", "--train.packing", "--train.loss-on", "--train.too-long", "--train.save-every"),
         *("--train.eval-every", "--train.attention", "--optim.name", "--optim.lr", "--optim.weight-decay"),
         *("--optim.clip", "--optim.schedule", "--optim.warmup", "--optim.beta1", "--optim.beta2", "--optim.eps"),
-        *("--lora.rank", "--lora.alpha", "--lora.dropout", "--lora.targets"),
+        *("--lora.rank", "--lora.alpha", "--lora.dropout", "--lora.targets", "--lora.last-layers"),
     },
     "merge": {"--dtype"},
     "generate": {

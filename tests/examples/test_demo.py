@@ -80,7 +80,7 @@ def test_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = [sample["answer"] == sample["expected"] for sample in evaluation["samples"]]
     assert evaluation["n"] == len(right) == 12
     assert evaluation["exact_match"] == pytest.approx(sum(right) / 12)
-    assert len(json.loads((inside / "bench.json").read_text())["rounds"]) == 4
+    assert len(json.loads((inside / "bench.json").read_text())["rounds"]) == 3
     steps = [json.loads(line) for line in (inside / "log.jsonl").read_text().splitlines()]
     assert max(row["step"] for row in steps) == steps[0]["total_steps"] > 1
     html = (out / "report.html").read_text(encoding="utf-8")
