@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from smedjan.checkpoint.raw import RawTensor
@@ -46,10 +47,18 @@ class Backend(ABC):
         return Program(graph, self.rules)
 
     def peak_memory(self) -> int:
-        """Peak resident or device bytes of this process so far."""
+        """Peak resident or device bytes since `reset_peak_memory`, or of the process where that cannot be reset."""
         import resource
+        import sys
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
+
+    def reset_peak_memory(self) -> None:
+        """Starts the peak anew. Linux alone can for resident memory (proc(5), clear_refs)."""
+        refs = Path("/proc/self/clear_refs")
+        if refs.exists():
+            refs.write_text("5")
 
     def versions(self) -> dict[str, str]:
         """Versions of the libraries that compute."""

@@ -40,7 +40,7 @@ class Session:
     lora: Lora | None = None
 
     def __post_init__(self) -> None:
-        self._programs: dict[Any, Program] = {}
+        self.programs: dict[Any, Program] = {}
 
     def host(self, array: Any, dtype: str) -> Array:
         """A host array on the backend."""
@@ -81,16 +81,16 @@ class Session:
 
     def logits_program(self, form: Form) -> Program:
         key = ("logits", form)
-        if key not in self._programs:
+        if key not in self.programs:
             decoder = Decoder(self.config, form)
             decoder.graph.output("logits", decoder.logits())
-            self._programs[key] = self.finish(self.forward(decoder))
-        return self._programs[key]
+            self.programs[key] = self.finish(self.forward(decoder))
+        return self.programs[key]
 
     def micro_program(self, form: Form, wrt: Sequence[str], *, accumulate: bool = False) -> Program:
         """loss and grad.NAME for each name; with `accumulate`, each is added to the input total of the same name."""
         key = ("micro", form, tuple(wrt), accumulate)
-        if key not in self._programs:
+        if key not in self.programs:
             decoder = Decoder(self.config, form, early=self.lora is None or self.lora.dropout == 0)
             names = {llama.tied(self.config).get(name, name) for name in wrt}
             head = llama.tied(self.config).get(llama.HEAD, llama.HEAD)
@@ -98,8 +98,8 @@ class Session:
             decoder.graph.output("loss", decoder.loss(grads))
             graph = self.forward(decoder, train=bool(wrt))
             self._differentiate(graph, wrt, accumulate)
-            self._programs[key] = self.finish(graph)
-        return self._programs[key]
+            self.programs[key] = self.finish(graph)
+        return self.programs[key]
 
     def _differentiate(self, graph: Graph, wrt: Sequence[str], accumulate: bool) -> None:
         from smedjan.ops.optimizer import accumulate as add_to

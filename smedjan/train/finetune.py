@@ -206,6 +206,7 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
     parts = Finetune(config, started=None if found is None else found.state.get("started"))
     if out.exists() and not config.resume and (found is not None or any(out.iterdir())):
         raise ConfigError("exists already", file=out, field="out", remedy="give --resume, or another directory")
+    parts.backend.reset_peak_memory()
     trainer = parts.trainer()
     start = 0
     history: list[Event] = []
@@ -265,7 +266,7 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
     weights = trainer.weights()
     _save_result(parts, weights, out)
     examples = parts.tokenized
-    plan_hash = next(iter(trainer.session._programs.values())).plan_hash if trainer.session._programs else ""
+    plan_hash = next(iter(trainer.session.programs.values())).plan_hash if trainer.session.programs else ""
     counts = examples.counts
     run = Run(
         run_dir=out,
@@ -308,7 +309,7 @@ def _save_result(parts: Finetune, weights: Mapping[str, RawTensor], out: Path) -
 
 def _write_plan(session: Session, file: Path, run: Run) -> None:
     counted: dict[tuple[str, str], int] = {}
-    for program in list(session._programs.values())[:1]:
+    for program in list(session.programs.values())[:1]:
         for row in program.lowerings():
             counted[row["op"], row["lowering"]] = counted.get((row["op"], row["lowering"]), 0) + row["count"]
     ops = [{"op": op, "count": count, "lowering": label} for (op, label), count in counted.items()]

@@ -29,6 +29,12 @@ class CudaTriton(TorchBackend):
     def peak_memory(self) -> int:
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else super().peak_memory()
 
+    def reset_peak_memory(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            super().reset_peak_memory()
+
     def versions(self) -> dict[str, str]:
         from importlib.metadata import version
 

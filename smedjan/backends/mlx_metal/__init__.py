@@ -96,6 +96,12 @@ class MlxBackend(Backend):
         """Metal shares the machine's memory: MLX's own peak where there is a GPU, else the process's."""
         return mx.get_peak_memory() if self.device == "metal" else super().peak_memory()
 
+    def reset_peak_memory(self) -> None:
+        if self.device == "metal":
+            mx.reset_peak_memory()
+        else:
+            super().reset_peak_memory()
+
     def versions(self) -> dict[str, str]:
         return {"mlx": importlib.metadata.version("mlx")}
 
