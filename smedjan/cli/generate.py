@@ -17,7 +17,7 @@ def generate(
     /,
     *,
     adapter: Annotated[Path | None, Parameter(help="adapter directory in PEFT's layout")] = None,
-    max_new_tokens: Annotated[int, Parameter(help="most tokens to make")] = 128,
+    max_new_tokens: Annotated[int | None, Parameter(help="most tokens to make (default 128, or what fits)")] = None,
     temperature: Annotated[float, Parameter(help="0: always the likeliest token")] = 0.0,
     top_k: Annotated[int | None, Parameter(help="keep the k likeliest tokens")] = None,
     top_p: Annotated[float | None, Parameter(help="keep the likeliest tokens of this much probability")] = None,
@@ -39,6 +39,8 @@ def generate(
     tokenizer, session = loaded.tokenizer, loaded.session
     prompt_ids = tokenizer.encode(prompt)
     stop = sorted({*tokenizer.eos_token_ids, *session.config.eos_token_id})
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(128, session.config.max_position_embeddings - len(prompt_ids)))
     began, made, printed = time.perf_counter(), [], ""
     for token in loaded.generate(
         prompt_ids,
@@ -64,6 +66,7 @@ def generate(
         "backend": session.backend.name,
         "device": session.backend.device,
         "exact": session.backend.exact,
+        "plan_hash": [program.plan_hash for program in session.programs.values()][-1],
         "token_ids": made,
         "text": text,
         "finish_reason": "stop" if made and made[-1] in stop else "length",
