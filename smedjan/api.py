@@ -23,7 +23,6 @@ from smedjan.hf.load import ModelFiles, open_model, open_session, resolve
 from smedjan.hf.parity import ParityReport, parity
 from smedjan.hf.peft import MergeReport, merged_weights, read_adapter
 from smedjan.hf.tokenizer import Tokenizer, load_tokenizer
-from smedjan.passes.lora import Lora
 from smedjan.runtime.select import backend as select_backend
 from smedjan.runtime.session import Session
 from smedjan.train.config import FinetuneConfig
@@ -148,7 +147,6 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, *, dtype: str 
     """A new model directory with the adapter's product added to the weights, in float32, rounded once."""
     files = open_model(base)
     lora, tensors = read_adapter(Path(adapter))
-    assert isinstance(lora, Lora)
     chosen = dtype or files.dtype
     weights, merged, largest = merged_weights(files.tensors, lora, tensors, chosen)
     save_model(Path(out), files.data, weights, files.path)

@@ -19,6 +19,7 @@ from smedjan.graph.rewrite import cse, decompose, prune
 from smedjan.models import llama
 from smedjan.models.decoder import Decoder, Form
 from smedjan.models.llama import LlamaConfig
+from smedjan.ops.optimizer import accumulate as accumulate_op
 from smedjan.passes.lora import Lora, adapt
 
 if TYPE_CHECKING:
@@ -102,8 +103,6 @@ class Session:
         return self.programs[key]
 
     def _differentiate(self, graph: Graph, wrt: Sequence[str], accumulate: bool) -> None:
-        from smedjan.ops.optimizer import accumulate as add_to
-
         unknown = [name for name in wrt if name not in graph.inputs]
         if unknown:
             raise ShapeError(f"{unknown[0]!r} is no parameter of this model", field="wrt")
@@ -111,7 +110,7 @@ class Session:
         for name, gradient in zip(wrt, grad(loss, [graph.inputs[name] for name in wrt]), strict=True):
             assert gradient is not None, f"the loss does not depend on {name}"
             if accumulate:
-                gradient = add_to(graph.input(f"total.{name}", gradient.shape, gradient.dtype), gradient)
+                gradient = accumulate_op(graph.input(f"total.{name}", gradient.shape, gradient.dtype), gradient)
             graph.output(f"grad.{name}", gradient)
 
     def batch_inputs(self, batch: Batch) -> dict[str, Array]:

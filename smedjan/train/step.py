@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from smedjan.backends.base import Array
+from smedjan.checkpoint.dtype import to_float32
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.data.collate import Batch
 from smedjan.optim.adamw import AdamW
@@ -64,8 +65,6 @@ class Trainer:
         }
 
     def _float(self, scalar: Array) -> float:
-        from smedjan.checkpoint.dtype import to_float32
-
         return float(to_float32(self.session.backend.to_raw(scalar))[0])
 
     def weights(self) -> dict[str, RawTensor]:
