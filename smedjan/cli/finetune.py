@@ -62,8 +62,10 @@ def _listener(wanted: FinetuneConfig, common: Common) -> Any:
 
 
 def _annotation(flag: Flag, name: str) -> Any:
-    kind: Any = bool if flag.type is bool else Literal[flag.choices] if flag.choices else str
-    shown = "" if flag.default is None or flag.type is bool else f" (default {_shown(flag.default)})"
+    # What is on by default is turned off by a value: `--optim.master false`
+    choices = ("true", "false") if flag.type is bool and flag.default else flag.choices
+    kind: Any = Literal[choices] if choices else bool if flag.type is bool else str
+    shown = "" if flag.default is None or kind is bool else f" (default {_shown(flag.default)})"
     help_text = f"{flag.help}{' (required)' if flag.required else shown}"
     return Annotated[kind | None, Parameter(name=f"--{name}", negative=(), help=help_text)]
 

@@ -121,6 +121,9 @@ class OptimConfig(_Section):
         default=None, metadata={"gt": 0, "help": "peak learning rate (default 5e-4 for lora, 5e-5 for full)"}
     )
     weight_decay: float = field(default=0.0, metadata={"ge": 0, "help": "decoupled weight decay"})
+    master: bool = field(
+        default=True, metadata={"help": "keep float32 copies of narrower weights, which the steps go to"}
+    )
     clip: float = field(default=1.0, metadata={"ge": 0, "help": "the most the global gradient norm may be; 0: any"})
     schedule: Literal["constant", "linear", "cosine", "wsd"] = field(
         default="cosine", metadata={"help": "what follows the warm-up"}

@@ -157,7 +157,12 @@ class Finetune:
             session.lora, names = self.lora, list(fresh)
         optim = config.optim
         adamw = AdamW(
-            beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps, weight_decay=optim.weight_decay, clip=optim.clip
+            beta1=optim.beta1,
+            beta2=optim.beta2,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            clip=optim.clip,
+            master=optim.master,
         )
         return Trainer(session, names, adamw, seed=config.seed)
 

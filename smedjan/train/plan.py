@@ -7,6 +7,7 @@ from typing import Any
 
 from smedjan.checkpoint.raw import specs_of
 from smedjan.graph.op import Cost
+from smedjan.graph.tensor import Spec
 from smedjan.models.decoder import Form
 from smedjan.runtime.session import ROW_BUCKET
 from smedjan.train.config import FinetuneConfig
@@ -50,7 +51,7 @@ def plan(config: FinetuneConfig) -> Plan:
     )
     program = trainer.session.micro_program(form, trainer.names)
     cost: Cost = program.cost
-    state = sum(spec.nbytes for name, spec in program.graph.inputs.items() if name in trainer.names) * 2
+    state = sum(Spec(*kept).nbytes for kept in trainer.optimizer.state(trainer.shapes).values())
     counts = parts.tokenized.counts
     return Plan(
         parameters=sum(spec.numel for spec in specs_of(parts.files.tensors).values()),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from smedjan.backends.base import Array
-from smedjan.checkpoint.dtype import to_float32
+from smedjan.checkpoint.dtype import convert, to_float32
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.data.collate import Batch
 from smedjan.optim.adamw import AdamW
@@ -27,10 +27,16 @@ class Trainer:
         graph = optimizer.graph(self.shapes, exact=session.backend.exact)
         self.update = session.finish(graph)
         self.state: dict[str, Array] = {
-            f"{kind}.{name}": session.backend.zeros(shape, dtype)
-            for name, (shape, dtype) in self.shapes.items()
-            for kind in optimizer.state
+            name: self._master(name.removeprefix("master."))
+            if name.startswith("master.")
+            else session.backend.zeros(shape, dtype)
+            for name, (shape, dtype) in optimizer.state(self.shapes).items()
         }
+
+    def _master(self, name: str) -> Array:
+        """The float32 copy of a parameter, exact: every narrower number is one of float32."""
+        backend = self.session.backend
+        return backend.from_raw(convert(backend.to_raw(self.session.parameters[name]), "float32"))
 
     def step(self, batches: Sequence[Batch], *, number: int, lr: float) -> tuple[float, float]:
         """Step `number` (from 1) over its micro-batches: loss (mean over the step's trained tokens), gradient norm.
@@ -57,7 +63,7 @@ class Trainer:
     def _inputs(self, grads: Mapping[str, Array], number: int, lr: float) -> dict[str, Any]:
         backend = self.session.backend
         return {
-            **{name: self.session.parameters[name] for name in self.names},
+            **{name: self.session.parameters[name] for name in self.names},  # a master stands in for its own
             **{f"grad.{name}": array for name, array in grads.items()},
             **self.state,
             "lr": backend.scalar(lr),

@@ -50,7 +50,7 @@ def torchs(optimizer: AdamW, dtype: torch.dtype, start: Arrays, grads: list[Arra
         peer.step()
     for name, leaf in leaves.items():
         made[name] = leaf.detach()
-        made.update({f"{kind}.{name}": peer.state[leaf][kind] for kind in AdamW.state})
+        made.update({f"{kind}.{name}": peer.state[leaf][kind] for kind in ("exp_avg", "exp_avg_sq")})
     return made
 
 
@@ -60,7 +60,7 @@ def ours(optimizer: AdamW, on: str, dtype: torch.dtype, start: Arrays, grads: li
     program = where.program(optimizer.graph({n: (s, kind) for n, s in SHAPES.items()}, exact=where.exact))
     live: dict[str, Any] = {name: array.to(dtype).clone() for name, array in start.items()}
     for name, shape in SHAPES.items():
-        live.update({f"{moment}.{name}": torch.zeros(shape, dtype=dtype) for moment in AdamW.state})
+        live.update({f"{moment}.{name}": torch.zeros(shape, dtype=dtype) for moment in ("exp_avg", "exp_avg_sq")})
     made: Arrays = {}
     for step, (rate, grad) in enumerate(zip(RATES, grads, strict=True)):
         fresh = {f"grad.{name}": array.to(dtype) for name, array in grad.items()}

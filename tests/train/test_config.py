@@ -24,7 +24,8 @@ NEEDED: dict[str, object] = {"model": "m", "data": "d.jsonl", "out": "o"}
 FLAGS = """model data eval-data out method resume dry-run seed backend dtype
 train.steps train.epochs train.batch-size train.grad-accum train.max-length train.packing train.loss-on train.too-long
 train.save-every train.eval-every train.attention
-optim.name optim.lr optim.weight-decay optim.clip optim.schedule optim.warmup optim.beta1 optim.beta2 optim.eps
+optim.name optim.lr optim.weight-decay optim.master optim.clip optim.schedule optim.warmup
+optim.beta1 optim.beta2 optim.eps
 lora.rank lora.alpha lora.dropout lora.targets lora.last-layers"""
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 import smedjan
+from smedjan.checkpoint.run_dir import load_checkpoint
 from smedjan.errors import SmedjanError
 
 CHATS = [
@@ -131,3 +132,22 @@ def test_adapters_in_the_last_layer_alone(configure):
 def test_an_adapter_beside_the_head_or_the_embedding_is_refused(configure, target):
     """They are no linear layers of a block; the error names the flag, not a parameter that nobody declared."""
     assert target in refused(configure(method="lora", lora__targets=f"q_proj,{target}"), "lora.targets")
+
+
+@pytest.mark.parametrize("backend", ["torch_reference", "cpu_native", "mlx_metal"])
+def test_small_steps_are_not_lost_in_bfloat16(configure, backend):
+    """Steps of a thousandth of a weight's rounding move the float32 masters, and in the end the weights; without
+    masters nothing moves at all."""
+    flags = {"method": "full", "backend": backend, "dtype": "bfloat16", "train__steps": 12, "optim__lr": 2e-5}
+    flags |= {"optim__schedule": "constant", "optim__warmup": 0}
+    runs = {master: configure(f"run-{master}", optim__master=master, **flags) for master in (True, False)}
+    moved = {}
+    for master, config in runs.items():
+        smedjan.finetune(config)
+        before, after = smedjan.load(config.model, dtype="bfloat16"), smedjan.load(config.out)
+        name = "model.layers.0.mlp.down_proj.weight"
+        moved[master] = float((before.session.parameters[name] != after.session.parameters[name]).float().mean())
+    assert moved[True] > 2 * moved[False]
+    state = load_checkpoint(runs[True].out).optimizer
+    assert state["master.model.norm.weight"].dtype == "float32"
+    assert state["exp_avg.model.norm.weight"].dtype == "float32"
