@@ -78,3 +78,38 @@ def test_the_seed_draws_the_rows(model_directory, monkeypatch):
     corrupt(monkeypatch, "model.norm.weight", 1e-3)
     reports = [smedjan.parity(directory, seed=seed, **settings) for seed in (7, 8)]
     assert reports[0].cases[0].max_abs != reports[1].cases[0].max_abs
+
+
+def tamper(monkeypatch, mode, name, change):
+    """One result of ours is changed, behind the programs."""
+    honest = module._ours
+
+    def ours(session, batch):
+        made = honest(session, batch)
+        made[mode][name] = change(made[mode][name])
+        return made
+
+    monkeypatch.setattr(module, "_ours", ours)
+
+
+@pytest.mark.parametrize("backend", ["torch_reference", "cpu_native"])
+def test_a_nan_anywhere_is_out_of_bound(model_directory, monkeypatch, backend):
+    """In the last tensor of many too, where a comparison with NaN could be taken for one that holds."""
+
+    def poison(values):
+        values = values.copy()
+        values.flat[-1] = np.nan
+        return values
+
+    tamper(monkeypatch, "gradients", "model.norm.weight", poison)
+    report = smedjan.parity(model_directory(), attention=["sdpa"], dtypes=["float32"], backend=backend)
+    assert {case.mode for case in report.cases if not case.holds} == {"gradients"}
+    assert not report.ok
+
+
+@pytest.mark.parametrize("backend", ["torch_reference", "cpu_native", "mlx_metal"])
+def test_a_wrong_loss_is_out_of_bound(model_directory, monkeypatch, backend):
+    """The gradients are made apart from it on a fast backend: a loss that is off by a thousandth shows by itself."""
+    tamper(monkeypatch, "gradients", "loss", lambda loss: loss * np.float32(1.001))
+    report = smedjan.parity(model_directory(), attention=["sdpa"], dtypes=["float32"], backend=backend)
+    assert [case.mode for case in report.cases if not case.holds] == ["gradients"] * 3
