@@ -20,6 +20,7 @@ from smedjan.models import llama
 from smedjan.models.decoder import Decoder, Form
 from smedjan.models.llama import LlamaConfig
 from smedjan.ops.optimizer import accumulate as accumulate_op
+from smedjan.passes.lora import DTYPE as ADAPTER_DTYPE
 from smedjan.passes.lora import Lora, adapt
 
 if TYPE_CHECKING:
@@ -45,13 +46,15 @@ class Session:
 
     def host(self, array: Any, dtype: str) -> Array:
         """A host array on the backend."""
-        kind = {"int64": np.int64, "float32": np.float32, "bool": np.bool_}[dtype]
-        made: np.ndarray = np.asarray(array, dtype=kind, order="C")
-        return self.backend.from_raw(
-            RawTensor(dtype=dtype, shape=made.shape, data=memoryview(made.reshape(-1)).cast("B"))  # type: ignore[arg-type]
-            if made.size
-            else RawTensor(dtype=dtype, shape=made.shape, data=memoryview(b""))
-        )
+        return self.backend.from_raw(RawTensor.of(np.asarray(array, dtype=dtype, order="C")))
+
+    def specs(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of every parameter, adapters among them, without a look at the device."""
+        base = llama.parameter_shapes(self.config)
+        adapters = {} if self.lora is None else self.lora.shapes(base)
+        return {name: (shape, self.dtype) for name, shape in base.items()} | {
+            name: (shape, ADAPTER_DTYPE) for name, shape in adapters.items()
+        }
 
     def form(self, batch: Batch, **changes: Any) -> Form:
         rows, seq = batch.input_ids.shape
@@ -199,15 +202,18 @@ class Cache:
     def feed(
         self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, *, last: bool = False
     ) -> Array:
-        """Logits [B, T, V] of the new tokens; `attention_mask` [B, length + T] covers old and new ones.
+        """Logits [B, T, V] of the new tokens; `attention_mask` [B, length + T] covers old and new ones. They may come
+        in blocks of any size.
 
         With `last`, a fast backend makes those of each row's last token alone, [B, V].
         """
         session, ids = self.session, np.asarray(input_ids, dtype=np.int64)
         seq, end = ids.shape[1], self.length + ids.shape[1]
         assert end <= self.capacity, f"{end} tokens in a cache for {self.capacity}"
-        assert self.length == 0 or seq == 1 or attention_mask is not None, "a later block of tokens needs a mask"
         padded = attention_mask is not None and not np.all(attention_mask)
+        if self.length and seq > 1 and not padded:
+            # The causal kernels align queries with the first keys; a later block needs its triangle spelt out.
+            attention_mask, padded = np.ones((self.batch, end), dtype=np.bool_), True
         if position_ids is None:
             position_ids = np.arange(self.length, end)[None]
         positions = common_positions(np.asarray(position_ids, dtype=np.int64))

@@ -20,10 +20,8 @@ class Trainer:
 
     def __init__(self, session: Session, names: Sequence[str], optimizer: AdamW, *, seed: int = 0) -> None:
         self.session, self.names, self.optimizer, self.seed = session, tuple(names), optimizer, seed
-        self.shapes: dict[str, tuple[tuple[int, ...], str]] = {}
-        for name in self.names:
-            raw = session.backend.to_raw(session.parameters[name])
-            self.shapes[name] = (raw.shape, raw.dtype)
+        specs = session.specs()
+        self.shapes = {name: specs[name] for name in self.names}
         graph = optimizer.graph(self.shapes, exact=session.backend.exact)
         self.update = session.finish(graph)
         self.state: dict[str, Array] = {

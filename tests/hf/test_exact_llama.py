@@ -49,6 +49,23 @@ def test_logits_loss_gradients_and_decode(shape, dtype, attention, padding):
         _decode_equal(peer, session, batch)
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "a mask of ones"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_prompt_in_blocks(dtype, attention, masked):
+    """A later block of several tokens sees all before it, as in transformers, and no token after."""
+    peer = make_peer(dtype=dtype, attention=attention, num_key_value_heads=2)
+    session, ids = make_session(peer, attention=attention), make_batch(seq=9).peer["input_ids"]
+    cache, past = Cache(session, batch=len(ids), capacity=32), None
+    for start, end in ((0, 4), (4, 7), (7, 9)):
+        mask = torch.ones(len(ids), end, dtype=torch.long) if masked else None
+        with torch.no_grad():
+            theirs = peer(ids[:, start:end], attention_mask=mask, past_key_values=past, use_cache=True)
+        past = theirs.past_key_values
+        ours = cache.feed(ids[:, start:end].numpy(), None if mask is None else mask.numpy())
+        assert_bits(ours, theirs.logits, f"tokens {start} to {end}")
+
+
 def _decode_equal(peer, session, batch, steps=3):
     ids, mask = batch.peer["input_ids"], batch.peer["attention_mask"]
     theirs = peer(input_ids=ids, attention_mask=mask, use_cache=True)
