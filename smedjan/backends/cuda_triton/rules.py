@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from smedjan.backends.cpu_native import attention as cpu_attention
 from smedjan.backends.cuda_triton import glu, loss, norm, optimizer, rope
-from smedjan.backends.torch_reference import attention as aten
 from smedjan.backends.torch_reference.table import RULES as ATEN
 from smedjan.graph.lowering import RuleTable
 
@@ -84,12 +84,8 @@ def adamw_update(param, grad, exp_avg, exp_avg_sq, lr, step, grad_scale, *, beta
     return param, exp_avg, exp_avg_sq
 
 
-@RULES.rule("attention", label="aten scaled_dot_product_attention")
 def attention(q, k, v, mask, *, causal, scale, implementation):
-    """torch's fused attention of the device; on CUDA the efficient one, which takes a mask and gives lse."""
-    if not q.is_cuda:
-        run = aten.sdpa_decode if q.shape[2] == 1 else aten.sdpa
-        return run(q, k, v, mask, causal=causal and q.shape[2] > 1, scale=scale)
+    """On CUDA, aten's efficient attention, which takes a mask and gives lse; key/value heads repeated."""
     k, v = _per_query_head(q, k), _per_query_head(q, v)
     y, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
         q, k, v, _bias(mask, q), True, 0.0, causal, scale=scale
@@ -97,11 +93,8 @@ def attention(q, k, v, mask, *, causal, scale, implementation):
     return y, lse[..., : q.shape[2]]
 
 
-@RULES.rule("attention_bwd", label="aten attention, recomputed under autograd")
 def attention_bwd(dy, q, k, v, mask, y, lse, *, causal, scale, implementation):
-    """On CUDA aten's backward wants its own padded lse and random state: it recomputes the forward under autograd."""
-    if not q.is_cuda:
-        return aten.sdpa_bwd(dy, q, k, v, mask, y, lse, causal=causal, scale=scale)
+    """On CUDA, aten's backward wants its own padded lse and random state: the forward runs again under autograd."""
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
         again = torch.nn.functional.scaled_dot_product_attention(
@@ -125,3 +118,11 @@ def _bias(mask, q):
         return None
     bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask.logical_not(), float("-inf"))
     return bias.expand(q.shape[0], q.shape[1], *bias.shape[2:])
+
+
+if torch.cuda.is_available():
+    RULES.rule("attention", label="aten efficient attention")(attention)
+    RULES.rule("attention_bwd", label="aten attention, recomputed under autograd")(attention_bwd)
+else:  # Triton's interpreter, on the CPU
+    RULES.rule("attention", label=cpu_attention.LABEL)(cpu_attention.attention)
+    RULES.rule("attention_bwd", label=cpu_attention.LABEL)(cpu_attention.attention_bwd)

@@ -44,6 +44,9 @@ def test_the_plan_names_what_is_no_kernel(lora, dtype):
         assert sum(row["count"] for row in rows) == len(program.calls)
         assert {row["op"]: row["lowering"] for row in rows if row["lowering"].startswith("triton")} == kernels
         assert all(row["lowering"].startswith(("triton", "aten")) for row in rows), rows
+        # The label is of what runs here, on the CPU, not of what would run on a GPU.
+        attention = {row["lowering"] for row in rows if row["op"].startswith("attention")}
+        assert attention <= {"aten flash attention (CPU)"}
 
 
 @pytest.mark.parametrize(("kind", "dtype", "lora"), [("none", "float32", None), ("packed", "bfloat16", LORA)])
