@@ -9,11 +9,6 @@ WSD_DECAY = 0.2
 """Share of the steps after warm-up over which "wsd" (warm-up, stable, decay; Hu et al. 2024) falls linearly to zero."""
 
 
-def warmup_steps(warmup: float, total: int) -> int:
-    """`warmup` is a number of steps from 1 on, a share of all steps below."""
-    return int(warmup) if warmup >= 1 else math.ceil(warmup * total)
-
-
 def factor(schedule: str, step: int, *, total: int, warmup: int) -> float:
     """The factor for `step`, counted from 0: rises over `warmup` steps, then follows the schedule to `total`."""
     assert schedule in SCHEDULES, schedule

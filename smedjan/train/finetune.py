@@ -284,7 +284,7 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
         plan_hash=plan_hash,
         eval_loss=eval_loss,
     )
-    _write_plan(trainer.session, out / "smedjan" / "plan.json", run)
+    _write_plan(trainer, out / "smedjan" / "plan.json", run)
     return run
 
 
@@ -312,12 +312,10 @@ def _save_result(parts: Finetune, weights: Mapping[str, RawTensor], out: Path) -
     write_adapter(out, parts.lora, weights, base=str(parts.config.model))
 
 
-def _write_plan(session: Session, file: Path, run: Run) -> None:
-    counted: dict[tuple[str, str], int] = {}
-    for program in list(session.programs.values())[:1]:
-        for row in program.lowerings():
-            counted[row["op"], row["lowering"]] = counted.get((row["op"], row["lowering"]), 0) + row["count"]
-    ops = [{"op": op, "count": count, "lowering": label} for (op, label), count in counted.items()]
+def _write_plan(trainer: Trainer, file: Path, run: Run) -> None:
+    """What ran on what: the first micro-batch's program (a resumed run that was done already has none), the update."""
+    micro = next(iter(trainer.session.programs.values()), None)
+    ops = [*(micro.lowerings() if micro is not None else ()), *trainer.update.lowerings()]
     plan = {"backend": run.backend, "exact": run.exact, "plan_hash": run.plan_hash, "ops": ops}
     write_atomic(file, (json.dumps(plan, indent=2) + "\n").encode())
 

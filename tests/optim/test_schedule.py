@@ -12,7 +12,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from smedjan.optim.schedule import WSD_DECAY, factor, warmup_steps
+from smedjan.optim.schedule import WSD_DECAY, factor
 
 LENGTHS = [(20, 0), (20, 3), (7, 7), (1, 0), (101, 50)]
 
@@ -49,10 +49,3 @@ def test_wsd_warms_up_holds_and_decays_to_zero(total, warmup):
         else:
             assert value == pytest.approx((total - step) / decay, abs=1e-15)
     assert made[total] == 0.0
-
-
-@pytest.mark.parametrize(
-    ("warmup", "total", "steps"), [(0, 10, 0), (0.1, 25, 3), (0.03, 100, 3), (1, 10, 1), (7, 9, 7)]
-)
-def test_warmup_is_a_share_or_a_number_of_steps(warmup, total, steps):
-    assert warmup_steps(warmup, total) == steps
