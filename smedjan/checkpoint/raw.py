@@ -6,7 +6,8 @@ and gives its bytes back in `to_raw`. Little-endian, C order. LazyTensors is a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import mmap
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -27,6 +28,9 @@ ITEMSIZE: dict[str, int] = {
     "bool": 1,
 }
 """Bytes an element, by dtype name (the names torch and numpy use)."""
+
+PART = 1 << 20
+"""Elements of a tensor that are in memory at once while it is copied."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +86,50 @@ class RawTensor:
         # An empty view cannot be cast.
         return cls(dtype=name, shape=shape, data=view.cast("B") if view.ndim and view.nbytes else view)
 
+    @classmethod
+    def joined(cls, spec: TensorSpec, parts: Iterable[RawTensor]) -> RawTensor:
+        """The tensor of which `parts` are consecutive elements."""
+        return cls(dtype=spec.dtype, shape=spec.shape, data=memoryview(b"".join(part.data for part in parts)))
+
+    def parts(self) -> Iterator[RawTensor]:
+        """The elements in order, PART at a time, as flat views. What was passed of a mapped file leaves memory."""
+        size = PART * ITEMSIZE[self.dtype]
+        data = self.data.cast("B") if self.nbytes else self.data
+        for start in range(0, self.nbytes, size):
+            part = data[start : start + size]
+            yield RawTensor(dtype=self.dtype, shape=(part.nbytes // ITEMSIZE[self.dtype],), data=part)
+            _drop_pages(part)
+
+
+def _drop_pages(data: memoryview) -> None:
+    """Mapped pages count as this process's memory until they are dropped; touched again, they are mapped again."""
+    mapped = data.obj
+    # Windows has no madvise: its working set is trimmed by the system.
+    if isinstance(mapped, mmap.mmap) and hasattr(mapped, "madvise"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LazyTensor:
-    """A tensor that `load` reads when asked; `file` is where it comes from, for messages."""
+    """A tensor that `load` reads when asked; `file` is where it comes from, `name` what it is called there if that is
+    another name than here: both for messages.
+
+    `stream` gives it as consecutive flat parts where making the whole at once would be a waste.
+    """
 
     spec: TensorSpec
     load: Callable[[], RawTensor]
     file: Path
+    stream: Callable[[], Iterator[RawTensor]] | None = None
+    name: str | None = None
+
+    @classmethod
+    def of_parts(cls, spec: TensorSpec, file: Path, stream: Callable[[], Iterator[RawTensor]]) -> LazyTensor:
+        """A tensor that is made part by part."""
+        return cls(spec=spec, file=file, load=lambda: RawTensor.joined(spec, stream()), stream=stream)
+
+    def parts(self) -> Iterator[RawTensor]:
+        return self.load().parts() if self.stream is None else self.stream()
 
 
 class LazyTensors(Mapping[str, RawTensor]):
@@ -116,6 +156,11 @@ def specs_of(tensors: Mapping[str, RawTensor]) -> dict[str, TensorSpec]:
     if isinstance(tensors, LazyTensors):
         return {name: entry.spec for name, entry in tensors.entries.items()}
     return {name: tensor.spec for name, tensor in tensors.items()}
+
+
+def parts_of(tensors: Mapping[str, RawTensor], name: str) -> Iterator[RawTensor]:
+    """One tensor as consecutive flat parts, lazy ones read as they are asked for."""
+    return tensors.entries[name].parts() if isinstance(tensors, LazyTensors) else tensors[name].parts()
 
 
 _FORMATS = {

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from collections.abc import Mapping
 from functools import partial
+from hashlib import sha256
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from reprlib import repr as short
 from typing import Any, BinaryIO
 
 from smedjan.checkpoint.atomic import write_atomic
-from smedjan.checkpoint.raw import ITEMSIZE, LazyTensor, LazyTensors, RawTensor, TensorSpec, specs_of
+from smedjan.checkpoint.digest import Go, started
+from smedjan.checkpoint.raw import ITEMSIZE, LazyTensor, LazyTensors, RawTensor, TensorSpec, parts_of, specs_of
 from smedjan.errors import CheckpointError
 from smedjan.models.config import parse_json, read_json_object
 
@@ -46,7 +50,11 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
+# Bytes, on every file system in use.
+_MAX_NAME = 255
 _MAX_HEADER = 100_000_000
+# numpy's limit; torch has the same.
+_MAX_DIMS = 64
 _AGAIN = "download or save the file again"
 
 
@@ -60,15 +68,15 @@ def _entry(name: str, info: Any, file: Path) -> tuple[TensorSpec, int, int]:
         raise bad("the header entry must have exactly dtype, shape and data_offsets")
     code, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if not isinstance(code, str) or code not in _DTYPES:
-        raise bad(f"dtype {code!r} is not supported", f"supported: {', '.join(_DTYPES)}")
+        raise bad(f"dtype {short(code)} is not supported", f"supported: {', '.join(_DTYPES)}")
 
     def naturals(value: Any) -> bool:
-        return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+        return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
-    if not naturals(shape):
-        raise bad(f"shape {shape!r} is not a list of whole numbers")
+    if not naturals(shape) or len(shape) > _MAX_DIMS:
+        raise bad(f"shape {short(shape)} is not a list of at most {_MAX_DIMS} whole numbers")
     if not naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise bad(f"data_offsets {offsets!r} is not [begin, end]")
+        raise bad(f"data_offsets {short(offsets)} is not [begin, end]")
     spec = TensorSpec(dtype=_DTYPES[code], shape=tuple(shape))
     if offsets[1] - offsets[0] != spec.nbytes:
         raise bad(f"{code}{shape} takes {spec.nbytes} bytes, data_offsets span {offsets[1] - offsets[0]}")
@@ -91,7 +99,7 @@ def _header(file: Path, raw: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
         raise bad("the header is not a JSON object")
     try:
         # json guesses UTF-16 from zero bytes; the format is UTF-8.
-        header = parse_json(text.decode("utf-8"), file, CheckpointError)
+        header = parse_json(text.decode("utf-8"), file, CheckpointError, field="header")
     except UnicodeDecodeError as cause:
         raise bad("the header is not UTF-8") from cause
     metadata = header.get("__metadata__", {})
@@ -159,9 +167,8 @@ def read_metadata(file: Path) -> dict[str, str]:
     return header.get("__metadata__", {})
 
 
-def save_file(path: Path, tensors: Mapping[str, RawTensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write `tensors` atomically; lazy ones are read one at a time. Readers in HF's world want format = pt."""
-    specs = specs_of(tensors)
+def _header_of(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> tuple[bytes, list[str]]:
+    """What a file of these tensors begins with, and the order in which their data follow."""
     order = sorted(specs, key=lambda name: (-_RANK[specs[name].dtype], name))
     header: dict[str, Any] = {"__metadata__": dict({"format": "pt"} if metadata is None else metadata)}
     reached = 0
@@ -172,13 +179,50 @@ def save_file(path: Path, tensors: Mapping[str, RawTensor], metadata: Mapping[st
         reached = span[1]
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, order
+
+
+def begins_like(file: Path, specs: Mapping[str, TensorSpec]) -> bool:
+    """Whether `file` has the very header that save_file gives these tensors: with equal data, an equal file."""
+    text, _ = _header_of(specs, None)
+    if file.stat().st_size != len(text) + sum(spec.nbytes for spec in specs.values()):
+        return False
+    with file.open("rb") as raw:
+        return raw.read(len(text)) == text
+
+
+def save_file(
+    path: Path,
+    tensors: Mapping[str, RawTensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    go: Go = lambda: None,
+) -> str:
+    """Write `tensors` atomically and give the file's sha256. Readers in HF's world want format = pt.
+
+    Lazy tensors are read part by part: while a part is in the cache it is hashed and written, and its page-out begun.
+    """
+    text, order = _header_of(specs_of(tensors), metadata)
+    digest = sha256(text)
 
     def write(file: BinaryIO) -> None:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(text)
         for name in order:
-            file.write(tensors[name].data)
+            for part in parts_of(tensors, name):
+                go()
+                digest.update(part.data)
+                file.write(part.data)
+                _start_writing_back(file, part.nbytes)
 
     write_atomic(path, write)
+    return digest.hexdigest()
+
+
+def _start_writing_back(file: BinaryIO, last: int) -> None:
+    """Have the kernel write the `last` bytes now, not at the fsync: the disk works while the next part is hashed."""
+    if hasattr(os, "posix_fadvise"):
+        file.flush()
+        os.posix_fadvise(file.fileno(), file.tell() - last, last, os.POSIX_FADV_DONTNEED)
 
 
 def open_checkpoint(directory: Path) -> LazyTensors:
@@ -209,7 +253,8 @@ def open_checkpoint(directory: Path) -> LazyTensors:
     raise CheckpointError(f"no weights here, neither {SINGLE} nor {INDEX}", file=directory, remedy="check the path")
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> shard, of an index whose shards all lie beside it."""
     weight_map = read_json_object(index, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
@@ -217,10 +262,11 @@ def _weight_map(index: Path) -> dict[str, str]:
         )
     for name, shard in weight_map.items():
         plain = isinstance(shard, str) and shard not in ("", ".", "..") and "\0" not in shard
+        plain = plain and len(shard.encode()) <= _MAX_NAME
         # Windows reads more separators, and drives; an index must mean the same file on every machine.
         if not plain or PurePosixPath(shard).name != shard or PureWindowsPath(shard).name != shard:
             raise CheckpointError(
-                f"the shard of {name} is {shard!r}, not the name of a file in this folder",
+                f"the shard of {name} is {short(shard)}, not the name of a file in this folder",
                 file=index,
                 field="weight_map",
                 remedy="get the model from a source you trust",
@@ -229,11 +275,13 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _open_shards(directory: Path, index: Path) -> LazyTensors:
-    weight_map = _weight_map(index)
+    weight_map = read_weight_map(index)
     shards: dict[str, LazyTensors] = {}
-    for name in dict.fromkeys(weight_map.values()):
+    for tensor, name in weight_map.items():
+        if name in shards:
+            continue
         if not (directory / name).is_file():
-            raise CheckpointError("the shard is missing", file=directory / name, remedy="download it")
+            raise CheckpointError("the shard is missing", file=directory / name, field=tensor, remedy="download it")
         shards[name] = open_file(directory / name)
     for name, tensors in shards.items():
         for tensor in tensors:
@@ -280,14 +328,19 @@ def plan_shards(specs: Mapping[str, TensorSpec], max_shard_bytes: int = MAX_SHAR
 
 def save_sharded(
     directory: Path, tensors: Mapping[str, RawTensor], max_shard_bytes: int = MAX_SHARD_BYTES
-) -> list[Path]:
-    """Write the weights into an existing directory, the index last, and drop weights there that it does not name."""
+) -> dict[str, str]:
+    """Write the weights into an existing directory, the index last, and drop weights there that it does not name.
+
+    Several shards are written at a time. Gives the sha256 of each file by its name.
+    """
     specs = specs_of(tensors)
     plan = plan_shards(specs, max_shard_bytes)
-    written: list[Path] = []
-    for file, names in plan.items():
-        save_file(directory / file, _subset(tensors, names))
-        written.append(directory / file)
+
+    def save(file: str, go: Go) -> str:
+        return save_file(directory / file, _subset(tensors, plan[file]), go=go)
+
+    with started([partial(save, file) for file in plan]) as digests:
+        written = dict(zip(plan, digests(), strict=True))
     if len(plan) > 1:
         index: dict[str, Any] = {
             "metadata": {
@@ -296,11 +349,11 @@ def save_sharded(
             },
             "weight_map": {name: file for file, names in plan.items() for name in names},
         }
-        write_atomic(directory / INDEX, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
-        written.append(directory / INDEX)
-    kept = {path.name for path in written}
+        content = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+        write_atomic(directory / INDEX, content)
+        written[INDEX] = sha256(content).hexdigest()
     for old in [directory / INDEX, *directory.glob("model*.safetensors")]:
-        if old.name not in kept:
+        if old.name not in written:
             old.unlink(missing_ok=True)
     return written
 

@@ -12,6 +12,8 @@ from cyclopts.exceptions import MissingArgumentError, UnknownCommandError, Unkno
 import smedjan
 from smedjan.cli.doctor_command import doctor
 from smedjan.cli.evaluate import evaluate
+from smedjan.cli.export_gguf import export_gguf
+from smedjan.cli.families import families
 from smedjan.cli.finetune import finetune
 from smedjan.cli.generate import generate
 from smedjan.cli.graph import graph
@@ -25,7 +27,9 @@ from smedjan.errors import ConfigError, SmedjanError, nearest
 
 VERBS: dict[str, Callable[..., Outcome]] = {
     "import": import_model,
+    "export": export_gguf,
     "parity": parity,
+    "families": families,
     "finetune": finetune,
     "merge": merge,
     "generate": generate,

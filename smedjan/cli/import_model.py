@@ -11,7 +11,7 @@ from smedjan.cli.output import COMMON, Common, Outcome
 
 
 def import_model(
-    source: Annotated[str, Parameter(help="model directory, hub id (org/name) or .gguf file")],
+    source: Annotated[str, Parameter(help="model directory, hub id (org/name[@revision]) or .gguf file")],
     out: Annotated[Path, Parameter(help="directory to make")],
     /,
     *,
@@ -22,6 +22,7 @@ def import_model(
         tuple[str, ...],
         Parameter(negative=(), show_default=False, help="key of config.json to let pass; may be given again"),
     ] = (),
+    max_shard_size: Annotated[str, Parameter(help="largest file of weights, such as 200MB")] = "5GB",
     common: Common = COMMON,
 ) -> Outcome:
     """Make a model directory of a Hugging Face model or a GGUF file.
@@ -30,7 +31,7 @@ def import_model(
     """
     from smedjan.hf.import_model import import_model as run
 
-    made = run(source, out, dtype=dtype, ignore_keys=ignore_key)
+    made = run(source, out, dtype=dtype, ignore_keys=ignore_key, max_shard_size=max_shard_size, say=common.note)
     for line in made.notes:
         common.note(line)
     quantized = made.source_quantization

@@ -23,11 +23,10 @@ def info(
     """
     from smedjan.checkpoint.raw import specs_of
     from smedjan.hf.load import open_model
-    from smedjan.models.registry import ARCHITECTURES
 
     adapter = _adapter(Path(model))
     files = open_model(model if adapter is None else adapter["base"])
-    tied = ARCHITECTURES[files.config.model_type].tied(files.config)
+    tied = files.config.tied()
     parameters = sum(spec.numel for spec in specs_of(files.tensors).values())
     fields = {
         "model_type": files.config.model_type,

@@ -6,27 +6,25 @@ as character spans [start, end) of the text.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+import numpy as np
 
+from smedjan.data.template_bounds import RUN, Run, Span
+from smedjan.data.template_sandbox import MAX_SOURCE, ChatEnvironment
 from smedjan.errors import DataError, TokenizerError
 
-Span = tuple[int, int]
+__all__ = ["Span", "marks_generation", "render"]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+# Where the last message ends, in text that is then cut there; with a space, to see whether the template trims.
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 _TEMPLATE_FAULTS = (
     jinja2.TemplateError,
     TypeError,
@@ -35,6 +33,7 @@ _TEMPLATE_FAULTS = (
     LookupError,
     AttributeError,
     RecursionError,
+    MemoryError,
 )
 """What running a template over unsuitable messages can raise: its own `raise_exception`, or Python's complaint."""
 
@@ -48,7 +47,10 @@ def render(
     template: str,
     messages: Sequence[Mapping[str, Any]],
     *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = False,
+    continue_final_message: bool | str = False,
     bos_token: str | None,
     eos_token: str | None,
     now: datetime | None = None,
@@ -56,139 +58,129 @@ def render(
 ) -> tuple[str, list[Span]]:
     """The text of a conversation and its `{% generation %}` spans, which are [] for a template that has none.
 
-    `now` is what the template's `strftime_now` tells (default: the clock); a run that must be repeatable pins it. `kw`
-    are further variables of the template (`tools`, `documents`, `enable_thinking`, ...).
-    Raises TokenizerError for a template that does not compile, DataError for messages that it refuses.
+    `continue_final_message` leaves the last message open, for the model to go on with: its `content`, or the field
+    that it names. `now` is what the template's `strftime_now` tells (default: the clock); a run that must be
+    repeatable pins it. `kw` are further variables of the template (`enable_thinking`, other special tokens, ...).
+    Raises TokenizerError for a template that does not compile, DataError for messages that it refuses and for one that
+    does what no chat template may.
     """
+    if add_generation_prompt and continue_final_message:
+        raise _refused("cannot both be continued and get a generation prompt", "choose one of the two")
+    for name, rows in (("messages", messages), ("tools", tools or ()), ("documents", documents or ())):
+        if not all(isinstance(row, Mapping) for row in rows):
+            raise _refused("hold something that is no object", "give a list of objects", name)
+    chat = [
+        _with_reasoning({str(key): _plain(value) for key, value in message.items() if value is not None})
+        for message in messages
+    ]
+    field = "content" if continue_final_message is True else continue_final_message or None
+    final = None if field is None else _tag_final_message(chat, field, template)
     special = {"bos_token": bos_token, "eos_token": eos_token}
     variables: dict[str, Any] = {
-        "tools": None,
-        "documents": None,
         **{name: token for name, token in special.items() if token is not None},
-        **kw,
-        "messages": [_with_reasoning(message) for message in messages],
+        **{name: _plain(value) for name, value in kw.items()},
+        "messages": chat,
+        "tools": None if tools is None else _plain(list(tools)),
+        "documents": None if documents is None else _plain(list(documents)),
         "add_generation_prompt": add_generation_prompt,
     }
     if now is not None:
         variables["strftime_now"] = now.strftime
-    compiled = _compile(template)
-    blocks: list[str] = []
-    spans: list[Span] = []
+    compiled, run = _compile(template), Run()
+    token = RUN.set(run)
     try:
-        with compiled.environment.track_generation(blocks, spans):  # type: ignore[attr-defined]
-            for block in compiled.generate(variables):  # one by one: the tracker counts what is there
-                blocks.append(block)
+        for block in compiled.generate(variables):  # one by one: `{% generation %}` counts what is there
+            run.charge(len(block))
+            run.blocks.append(block)
     except _TEMPLATE_FAULTS as error:
-        raise DataError(
+        raise _refused(
             f"the chat template refuses these messages: {error}",
-            field="messages",
-            remedy="repair the conversation, or use another chat template",
+            "repair the conversation, or use another chat template",
         ) from error
-    return "".join(blocks), spans
+    finally:
+        RUN.reset(token)
+    text = "".join(run.blocks)
+    return (text, run.spans) if final is None else (_cut_at_tag(text, final), [])
 
 
-def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
+def _refused(message: str, remedy: str, field: str = "messages") -> DataError:
+    return DataError(message, field=field, remedy=remedy)
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types alone: a template sees no object with methods of another kind, as in transformers."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, tuple):
+        return tuple(_plain(item) for item in value)
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    return f"<{type(value).__name__}>"
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     """As transformers does: reasoning under any of its names is there under the two that templates read."""
-    reasoning = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+    reasoning = next((message[key] for key in _REASONING if key in message), None)
     if reasoning is None:
-        return dict(message)
+        return message
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
-class _GenerationTracker(Extension):
-    """`{% generation %}`: renders its body as it is and notes where in the text it lies."""
-
-    tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
-
-    def __init__(self, environment: jinja2.Environment) -> None:
-        super().__init__(environment)
-        environment.extend(track_generation=self.track_generation)
-        self._blocks: list[str] | None = None
-        self._spans: list[Span] = []
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_note"), [], [], body).set_lineno(line)
-
-    def _note(self, caller: Callable[[], str]) -> str:
-        text = caller()
-        assert self._blocks is not None, "a generation block outside of render"
-        start = sum(map(len, self._blocks))
-        self._spans.append((start, start + len(text)))
-        return text
-
-    @contextmanager
-    def track_generation(self, blocks: list[str], spans: list[Span]) -> Iterator[None]:
-        assert self._blocks is None, "render is not reentrant"
-        self._blocks, self._spans = blocks, spans
-        try:
-            yield
-        finally:
-            self._blocks, self._spans = None, []
+def _tag_final_message(chat: list[dict[str, Any]], field: str, template: str) -> str:
+    """Mark where the last message's `field` ends, and give the text that the mark closes."""
+    remedy = f"end with a message whose `{field}` the template prints"
+    final = chat[-1].get(field) if chat else None
+    if final is None:
+        raise _refused(f"end without a `{field}` to continue", remedy)
+    fields = [name for name in _REASONING if chat[-1].get(name) == final] if field in _REASONING else [field]
+    if not any(name in template for name in fields):
+        raise _refused(f"are to be continued in `{field}`, which the chat template does not print", remedy)
+    if isinstance(final, str):
+        for name in fields:
+            chat[-1][name] = final + _TAG
+        return final
+    blocks = final if isinstance(final, list | tuple) else ()
+    block = next((item for item in reversed(blocks) if isinstance(item, dict) and "text" in item), None)
+    if block is None or not isinstance(block["text"], str):
+        raise _refused(f"end with a `{field}` that holds no text to continue", remedy)
+    text: str = block["text"]
+    block["text"] = text + _TAG
+    return text
 
 
-class _TemplateDict:
-    """`dict` for templates: what it makes, without the attributes through which a sandbox is left."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-class _TemplateNamespace(Namespace):
-    """`namespace` for templates: no name may begin with an underscore."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        # No named parameter, so that `namespace(self=...)` stays possible, as in Jinja's own
-        self, values = args[0], dict(*args[1:], **kwargs)
-        for name in values:
-            _check_name(name)
-        Namespace.__init__(self, values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-
-def _check_name(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.sandbox.SecurityError(f"a template may not store the name {name!r}")
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _cut_at_tag(text: str, final: str) -> str:
+    if final.strip() not in text or _TAG.strip() not in text:
+        raise _refused(
+            "end with a message that the chat template does not print whole", "give no continued message with it"
+        )
+    at = text.rindex(_TAG.strip())
+    kept = text[:at]
+    # A template that trims the message also trims the tag's closing space
+    return kept if text[at : at + len(_TAG)] == _TAG else kept.rstrip()
 
 
 @lru_cache(maxsize=16)
 def _compile(template: str) -> jinja2.Template:
-    # One environment a template: the tracker is the environment's
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTracker, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    environment.globals["dict"] = _TemplateDict()
-    environment.globals["namespace"] = _TemplateNamespace
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateSyntaxError as error:
+    if len(template) > MAX_SOURCE:
         raise TokenizerError(
-            f"does not compile: {error.message} (line {error.lineno})",
+            f"has {len(template)} characters, {MAX_SOURCE} at most are compiled",
+            field="chat_template",
+            remedy="use another template",
+        )
+    try:
+        return ChatEnvironment().compile_chat(template)
+    except (jinja2.TemplateSyntaxError, SyntaxError, ValueError, RecursionError) as error:
+        where = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        message = error.message if isinstance(error, jinja2.TemplateSyntaxError) else str(error)
+        raise TokenizerError(
+            f"does not compile: {message}{where}",
             field="chat_template",
             remedy="repair the template, or give rows of `prompt` + `completion` strings",
         ) from error

@@ -37,7 +37,10 @@ def generate(
     wanted = len(seen) + max_new_tokens
     cache = Cache(session, batch=1, capacity=-(-wanted // CAPACITY_STEP) * CAPACITY_STEP)
     fresh = list(seen)
+    restart = session.config.restart_after
     for step in range(max_new_tokens):
+        if restart is not None and cache.length <= restart < len(seen):
+            cache, fresh = Cache(session, batch=1, capacity=cache.capacity), list(seen)
         raw = session.backend.to_raw(cache.feed(np.asarray([fresh]), last=True))
         logits = to_float32(raw).reshape(-1, raw.shape[-1])[-1]
         token = choose(logits, seen, sampling, step)

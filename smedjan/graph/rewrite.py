@@ -147,6 +147,16 @@ def cse(graph: Graph) -> Graph:
     return _Cse(graph).run()
 
 
+def distinct_outputs(graph: Graph) -> Graph:
+    """Gives each output a tensor of its own: callers donate them, and a sum in place must not reach another one."""
+    seen: set[Tensor] = set()
+    for name, tensor in graph.outputs.items():
+        if tensor in seen:
+            graph.outputs[name] = OPS["copy"](tensor)
+        seen.add(tensor)
+    return graph
+
+
 def prune(graph: Graph) -> Graph:
     """Drops what no output depends on; inputs stay, since callers bind them by name."""
     keep = set(graph.live_nodes())

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from smedjan.checkpoint.atomic import new_directory, write_atomic, write_errors
-from smedjan.checkpoint.raw import RawTensor, specs_of
+from smedjan.checkpoint.raw import LazyTensors, RawTensor, specs_of
 from smedjan.checkpoint.safetensors import MAX_SHARD_BYTES, save_sharded
-from smedjan.models.registry import ARCHITECTURES, read_config
+from smedjan.hf.beside import reading
+from smedjan.models.decoder_config import DecoderConfig
+from smedjan.models.registry import read_config
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -27,7 +28,7 @@ TOKENIZER_FILES = (
 )
 """What goes along with the weights: the tokenizer, its chat template, and how to generate."""
 
-_ALONG = (*TOKENIZER_FILES, "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*")
+ALONG = (*TOKENIZER_FILES, "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*")
 # Code, a path on the machine that saved it, and the older name of `dtype`.
 _DROPPED = ("auto_map", "_name_or_path", "name_or_path", "torch_dtype")
 
@@ -39,7 +40,7 @@ def complete_config(data: Mapping[str, Any], file: Path, dtype: str, ignore_keys
     """
     ignored = tuple(ignore_keys)
     config = read_config(dict(data), file, ignored)
-    written = ARCHITECTURES[config.model_type].write(config)
+    written = config.data
     dropped = {*_DROPPED, *ignored} - set(written)
     kept = {key: value for key, value in data.items() if key not in dropped}
     return {**kept, **written, "dtype": dtype}
@@ -47,16 +48,8 @@ def complete_config(data: Mapping[str, Any], file: Path, dtype: str, ignore_keys
 
 def files_along(source: Path) -> list[Path]:
     """The tokenizer, generation and licence files of a model directory, relative to it."""
-    found = (path for pattern in _ALONG for path in sorted(source.glob(pattern)) if path.is_file())
+    found = (path for pattern in ALONG for path in sorted(source.glob(pattern)) if path.is_file())
     return [path.relative_to(source) for path in dict.fromkeys(found)]
-
-
-def sha256_of_file(path: Path) -> str:
-    digest = sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def json_bytes(value: Any) -> bytes:
@@ -71,24 +64,39 @@ def fill_directory(
     files_from: Path | None = None,
     extra_files: Mapping[str, bytes] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Write a model into a directory that exists, each file whole, `config.json` last: where it is, the model is."""
-    expected = ARCHITECTURES[config["model_type"]].parameter_shapes(
-        read_config(dict(config), directory / "config.json")
-    )
+) -> dict[str, str]:
+    """Write a model into a directory that exists, each file whole, `config.json` last: where it is, the model is.
+
+    Gives the sha256 of each file of weights by its name.
+    """
+    model = read_config(dict(config), directory / "config.json")
+    expected = model.parameter_shapes()
     specs = specs_of(tensors)
     shapes = {name: spec.shape for name, spec in specs.items()}
     assert shapes == expected, f"not the model's parameters: {sorted(shapes.items() ^ expected.items())[:4]}"
     assert all(spec.dtype == config["dtype"] for spec in specs.values()), f"not all {config['dtype']}"
-    save_sharded(directory, tensors, max_shard_bytes)
+    digests = save_sharded(directory, as_stored(tensors, model), max_shard_bytes)
     if files_from is not None and files_from.resolve() != directory.resolve():
         for path in files_along(files_from):
             with write_errors(directory / path):
                 (directory / path).parent.mkdir(exist_ok=True)
-            write_atomic(directory / path, (files_from / path).read_bytes())
-    for name, content in (extra_files or {}).items():
-        write_atomic(directory / name, content)
+            with reading(files_from / path):
+                content = (files_from / path).read_bytes()
+            write_atomic(directory / path, content)
+    for name, made in (extra_files or {}).items():
+        write_atomic(directory / name, made)
     write_atomic(directory / "config.json", json_bytes(dict(config)))
+    return digests
+
+
+def as_stored(tensors: Mapping[str, RawTensor], config: DecoderConfig) -> Mapping[str, RawTensor]:
+    """The same tensors under the names that they have in the family's checkpoints."""
+    if not config.stored:
+        return tensors
+    names = dict(config.stored)
+    if isinstance(tensors, LazyTensors):
+        return LazyTensors({names.get(name, name): entry for name, entry in tensors.entries.items()})
+    return {names.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def save_model(

@@ -13,57 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from smedjan.errors import TokenizerError, nearest
+from smedjan.hf.gguf_pre import PRE_TOKENIZERS
 
 # tokenizer.ggml.token_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-_DIGITS = {"type": "Digits", "individual_digits": True}
-
-
-def _byte_level(use_regex: bool) -> dict[str, Any]:
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
-
-
-def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "Sequence", "pretokenizers": list(steps)}
-
-
-def _split(regex: str) -> dict[str, Any]:
-    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _PreTokenizer:
-    """How text is cut before merging. `whole_words`: a word that is a token is that token, whatever the merges."""
-
-    steps: dict[str, Any]
-    whole_words: bool = False
-    normalizer: dict[str, Any] | None = None
-    adds_bos: bool = False
-
-
-_GPT2 = _PreTokenizer(steps=_byte_level(True))
-_SMOLLM = _PreTokenizer(steps=_sequence(_DIGITS, _byte_level(True)))
-_LLAMA3 = _PreTokenizer(steps=_sequence(_split(_LLAMA3_SPLIT), _byte_level(False)), whole_words=True, adds_bos=True)
-_QWEN2 = _PreTokenizer(steps=_sequence(_split(_QWEN2_SPLIT), _byte_level(False)), normalizer={"type": "NFC"})
-
-PRE_TOKENIZERS: dict[str, _PreTokenizer] = {
-    "gpt-2": _GPT2,
-    "default": _GPT2,
-    "smollm": _SMOLLM,
-    "starcoder": _SMOLLM,
-    "refact": _SMOLLM,
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": _QWEN2,
-}
-"""`tokenizer.ggml.pre` -> pre-tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +40,14 @@ class _Metadata:
         self.types: list[int] = self.list_of("tokenizer.ggml.token_type", int) or [_NORMAL] * len(self.tokens)
         if len(self.types) != len(self.tokens):
             raise self.bad(f"has {len(self.types)} entries for {len(self.tokens)} tokens", "tokenizer.ggml.token_type")
+
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id, without the unused ones by which a converter fills the model's rows."""
+        return {
+            token: token_id
+            for token_id, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
+            if kind != _UNUSED or token != f"[PAD{token_id}]"
+        }
 
     def bad(self, message: str, field: str, remedy: str = "import the model's HF directory instead") -> TokenizerError:
         return TokenizerError(message, file=self.file, field=field, remedy=remedy)
@@ -170,7 +131,7 @@ def tokenizer_from_gguf(metadata: dict[str, Any], file: Path) -> TokenizerFiles:
             config[f"{key}_token"] = token
     if config.get("pad_token") is not None and config.get("pad_token") == config.get("eos_token"):
         notes.append(f"{config['pad_token']} both pads and ends: padding must be masked by position, never by id")
-    context = metadata.get("llama.context_length")
+    context = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     if isinstance(context, int):
         config["model_max_length"] = context
     if (template := _chat_template(data)) is not None:
@@ -196,7 +157,7 @@ def _byte_level_bpe(data: _Metadata, notes: list[str]) -> tuple[dict[str, Any], 
     if name == "default":
         notes.append("tokenizer.ggml.pre does not name the pre-tokenizer: GPT-2's is assumed")
     pre = PRE_TOKENIZERS[name]
-    vocabulary = {token: token_id for token_id, token in enumerate(data.tokens)}
+    vocabulary = data.vocabulary()
     merges: list[list[str]] = []
     for index, merge in enumerate(data.list_of("tokenizer.ggml.merges", str)):
         # Byte-level tokens have no raw space, so that the one there is separates.
@@ -235,7 +196,7 @@ def _sentencepiece_bpe(data: _Metadata) -> dict[str, Any]:
     scores = data.list_of("tokenizer.ggml.scores", float)
     if len(scores) != len(data.tokens):
         raise data.bad(f"has {len(scores)} entries for {len(data.tokens)} tokens", "tokenizer.ggml.scores")
-    vocabulary = {token: token_id for token_id, token in enumerate(data.tokens)}
+    vocabulary = data.vocabulary()
     # Control and byte pieces are never the result of a merge; an unused piece is none at all.
     mergeable = {token for token, kind in zip(data.tokens, data.types, strict=True) if kind in (_NORMAL, _USER_DEFINED)}
     ranked: list[tuple[float, int, int, str, str]] = []

@@ -15,8 +15,8 @@ from smedjan.hf.import_model import match_tensors, read_source
 from smedjan.hf.peft import CONFIG as ADAPTER_CONFIG
 from smedjan.hf.peft import read_adapter
 from smedjan.models.config import read_json_object
-from smedjan.models.llama import LlamaConfig
-from smedjan.models.registry import ARCHITECTURES, read_config
+from smedjan.models.decoder_config import DecoderConfig
+from smedjan.models.registry import read_config
 from smedjan.runtime.session import Session
 
 COMPUTED = ("float32", "bfloat16")
@@ -28,7 +28,7 @@ class ModelFiles:
 
     path: Path
     data: dict[str, Any]
-    config: LlamaConfig
+    config: DecoderConfig
     tensors: Mapping[str, RawTensor]
     dtype: str
 
@@ -37,8 +37,7 @@ def open_model(path: str | Path) -> ModelFiles:
     """Reads and checks a model directory (or hub id, or .gguf file) without loading its weights."""
     read = read_source(path, ())
     config = read_config(read.config, read.file)
-    module = ARCHITECTURES[config.model_type]
-    tensors, _ignored = match_tensors(read, module.parameter_shapes(config), module.tied(config))
+    tensors, _ignored = match_tensors(read, config)
     dtypes = {spec.dtype for spec in specs_of(tensors).values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     folder = read.files_from or read.file.parent

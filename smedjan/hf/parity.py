@@ -9,12 +9,15 @@ roundoff: FlashAttention's criterion, in the norm that a whole model's error has
 single draw of what it inherits from all layers: a lucky one of theirs bounds nothing.) The loss is one number; it is
 held through its logits, of whose error it can inherit no more than twice the largest, since the 1-norm of
 d loss / d logits of a row is 2 (1 - p). Its own float32 sum of n terms adds 2 n 2^-24 of itself.
+
+The texts are longer than every sliding window and every length at which rotary positions change, up to `length`
+tokens; one that begins just below such a length is decoded across it. What lies beyond `length` is listed as skipped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +27,21 @@ from smedjan.backends.base import Backend
 from smedjan.checkpoint.dtype import to_float32
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.data.collate import IGNORE, Batch
-from smedjan.hf.load import ModelFiles, open_model, open_session
-from smedjan.hf.peer import DECODE, Named, Peer, continuation
+from smedjan.errors import ConfigError
+from smedjan.hf.bisect import bisect
+from smedjan.hf.bisect_bound import bisect_bound
+from smedjan.hf.load import open_model, open_session
+from smedjan.hf.peer import DECODE, Feed, Named, Peer, Refused, feeds
+from smedjan.hf.watch import Parted, decoded, read_parameters, ulps
+from smedjan.models.decoder_config import DecoderConfig
 from smedjan.runtime.select import backend as select_backend
-from smedjan.runtime.session import Cache, Session
+from smedjan.runtime.session import Session
 
-BATCH, SEQ = 2, 12
+BATCH, SEQ, MARGIN = 2, 12, 4
+LENGTH = 128
+"""Tokens of the longest text by default: what a model of a billion parameters does in seconds."""
 PADDINGS = ("none", "left", "right")
+ATTENTIONS = ("sdpa", "eager")
 Made = dict[str, Named]
 """By mode (logits, gradients, decode), then by name."""
 ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
@@ -38,10 +49,12 @@ ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One comparison. `equal`: every bit. max_abs, max_ulp: the largest distance from transformers in the same dtype.
+    """One comparison. `equal`: every bit. max_abs, max_ulp: the largest distance from transformers in the same dtype,
+    which `tensor` has.
 
     `error` is held to `bound`, of the tensor that comes nearest to it: |ours - ref| / |ref|, Euclidean norms, `ref` in
-    float64. Both are 0 on the exact backend, where only `equal` counts.
+    float64. Both are 0 on the exact backend, where only `equal` counts. `seq` is the text's length in tokens. `parted`
+    is where a case that fails leaves transformers, as far as that can be told.
     """
 
     name: str
@@ -49,12 +62,15 @@ class Case:
     dtype: str
     mode: str
     batch: int
+    seq: int
     padding: str
     equal: bool
     max_abs: float
     max_ulp: int
+    tensor: str
     error: float
     bound: float
+    parted: Parted | None = None
 
     @property
     def holds(self) -> bool:
@@ -63,8 +79,13 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class ParityReport:
-    """Every case, and what transformers itself refuses."""
+    """Every case, and what was not compared: what transformers itself refuses, and what is longer than the texts.
 
+    `layers` is how many the model has, for a picture of where a case parts.
+    """
+
+    model_type: str
+    layers: int
     cases: tuple[Case, ...]
     skipped: tuple[dict[str, str], ...]
     backend: str
@@ -79,22 +100,76 @@ class ParityReport:
 def parity(
     path: str | Path,
     *,
-    attention: Sequence[str] = ("sdpa", "eager"),
+    attention: Sequence[str] = ATTENTIONS,
     dtypes: Sequence[str] = ("float32", "bfloat16"),
     backend: str = "torch_reference",
     seed: int = 0,
+    length: int = LENGTH,
     on_case: Callable[[Case], None] | None = None,
 ) -> ParityReport:
     """Logits, cached decode and every gradient of the model in `path`, for each attention, dtype and padding."""
+    for name in attention:
+        if name not in ATTENTIONS:
+            raise ConfigError(f"is {name!r}", field="attention", remedy=f"give {' or '.join(ATTENTIONS)}")
     files, chosen = open_model(path), select_backend(backend)
     cases: list[Case] = []
-    for case in _cases(files, chosen, attention, dtypes, seed):
-        cases.append(case)
-        if on_case is not None:
-            on_case(case)
+    skipped = _too_long(files.config, length)
+    for dtype in dtypes:
+        session = open_session(files, chosen, dtype=dtype)
+        peer = Peer.open(files, dtype)
+        truth = None if chosen.exact else peer.widened()
+        for name in attention:
+            try:
+                for side in (peer, truth):
+                    if side is not None:
+                        side.use(name)
+            except Refused as refusal:
+                skipped.append({"name": f"{name} {dtype}", "reason": str(refusal)})
+                continue
+            for case in compare(replace(session, attention=name), peer, truth=truth, seed=seed, length=length):
+                cases.append(case)
+                if on_case is not None:
+                    on_case(case)
     return ParityReport(
-        cases=tuple(cases), skipped=(), backend=chosen.name, exact=chosen.exact, versions=_versions(chosen)
+        model_type=files.config.model_type,
+        layers=files.config.num_hidden_layers,
+        cases=tuple(cases),
+        skipped=tuple(skipped),
+        backend=chosen.name,
+        exact=chosen.exact,
+        versions=_versions(chosen),
     )
+
+
+def compare(
+    session: Session,
+    peer: Peer,
+    *,
+    truth: Peer | None = None,
+    paddings: Sequence[str] = PADDINGS,
+    seed: int = 0,
+    length: int = LENGTH,
+    explain: bool = True,
+) -> Iterator[Case]:
+    """The cases of a live session and a live peer, which have one attention and one dtype. `truth` is the peer widened,
+    which a fast backend needs. With `explain`, a case that fails is bisected."""
+    assert session.backend.exact or truth is not None, "a fast backend is held to a bound: give the widened peer"
+    assert peer.attention == session.attention, (peer.attention, session.attention)
+    prefills = _prefills(session.config, length)
+    for padding in paddings:
+        batch = _rows(session.config, padding, seed, prefills[0])
+        script = list(feeds(batch, prefills))
+        ours, theirs = _ours(session, batch, script), peer.run(batch, prefills)
+        reference = None if truth is None else _real(truth.run(batch, prefills), batch, script)
+        if reference is not None:
+            ours, theirs = _real(ours, batch, script), _real(theirs, batch, script)
+        for mode in ("logits", "gradients", "decode"):
+            held = [] if reference is None else _held(mode, ours, theirs, reference, batch, session.dtype)
+            case = _case(mode, ours[mode], theirs[mode], held, session, padding, batch)
+            if explain and not case.holds:
+                find = bisect if truth is None else bisect_bound
+                case = replace(case, parted=find(session, peer, batch, mode, prefills=prefills))
+            yield case
 
 
 def _versions(backend: Backend) -> dict[str, str]:
@@ -103,22 +178,35 @@ def _versions(backend: Backend) -> dict[str, str]:
     return {"transformers": transformers.__version__, **backend.versions()}
 
 
-def _cases(
-    files: ModelFiles, backend: Backend, attention: Sequence[str], dtypes: Sequence[str], seed: int
-) -> Iterator[Case]:
-    for dtype in dtypes:
-        for implementation in attention:
-            session = open_session(files, backend, dtype=dtype, attention=implementation)
-            peer = Peer(files, dtype, implementation)
-            truth = None if backend.exact else Peer(files, dtype, implementation, wide=True)
-            for padding in PADDINGS:
-                batch = _rows(files, padding, seed)
-                ours, theirs = _ours(session, batch), peer.run(batch)
-                reference = None if truth is None else _real(truth.run(batch), batch)
-                theirs = theirs if truth is None else _real(theirs, batch)
-                for mode in ("logits", "gradients", "decode"):
-                    held = [] if reference is None else _held(mode, ours, theirs, reference, batch, dtype)
-                    yield _case(mode, ours[mode], theirs[mode], held, dtype, implementation, padding)
+def turns(config: DecoderConfig) -> list[int]:
+    """The numbers of tokens beyond which the model computes otherwise: windows, and lengths where rope changes."""
+    found: set[int] = set()
+    for layer in config.layers:
+        if layer.window is not None and layer.window < config.max_position_embeddings:
+            found.add(layer.window)
+        if layer.rope is not None and layer.rope.rope_type == "longrope":
+            found.add(layer.rope.original_max_position_embeddings or 0)
+        if layer.rope is not None and layer.rope.rope_type == "dynamic":
+            found.add(layer.rope.max_position_embeddings or 0)
+    return sorted(found - {0})
+
+
+def _prefills(config: DecoderConfig, length: int) -> tuple[int, ...]:
+    """Tokens of the texts to decode from: past every turn that `length` has room for, then just short of each."""
+    near = [turn for turn in turns(config) if turn + MARGIN <= length]
+    room = config.max_position_embeddings
+    if any(layer.rope is not None and layer.rope.rope_type == "dynamic" for layer in config.layers):
+        room = max(room, length)  # its positions go on past that
+    seq = max(1, min(max([SEQ, *(turn + MARGIN for turn in near)]), room - DECODE))
+    return (seq, *(turn - 1 for turn in near if seq // 3 < turn - 1 < seq))
+
+
+def _too_long(config: DecoderConfig, length: int) -> list[dict[str, str]]:
+    return [
+        {"name": f"past {turn} tokens", "reason": f"the texts have {length} tokens; give --length {turn + MARGIN}"}
+        for turn in turns(config)
+        if turn + MARGIN > length
+    ]
 
 
 def _held(mode: str, ours: Made, theirs: Made, reference: Made, batch: Batch, dtype: str) -> list[tuple[float, float]]:
@@ -130,8 +218,13 @@ def _held(mode: str, ours: Made, theirs: Made, reference: Made, batch: Batch, dt
             bound = 2 * spread / abs(float(ref)) + 2 * batch.trained_tokens * ROUNDOFF["float32"]
         else:
             bound = 2 * _relative(theirs[mode][name], ref) + 2 * ROUNDOFF[dtype]
-        held.append((_relative(ours[mode][name], ref), bound))
+        held.append((_relative(_named(ours[mode], name, ref), ref), bound))
     return held
+
+
+def _named(made: Named, name: str, like: np.ndarray) -> np.ndarray:
+    """A gradient that is not there is that of a parameter on which nothing depends."""
+    return made[name] if name in made else np.zeros(like.shape, dtype=np.float32)
 
 
 def _case(
@@ -139,27 +232,34 @@ def _case(
     ours: Named,
     theirs: Named,
     held: list[tuple[float, float]],
-    dtype: str,
-    attention: str,
+    session: Session,
     padding: str,
+    batch: Batch,
 ) -> Case:
-    equal, max_abs, max_ulp = True, 0.0, 0
+    equal, max_abs, furthest = True, 0.0, (0, "")
     for name, their in theirs.items():
-        our = ours[name]
-        equal &= our.shape == their.shape and our.dtype == their.dtype and our.tobytes() == their.tobytes()
-        max_ulp = max(max_ulp, _ulps(our, their, dtype))
+        our = _named(ours, name, their)
+        if our.shape != their.shape:
+            equal, max_abs, furthest = False, float("inf"), (1 << 32, name)
+            continue
+        if np.array_equal(our.view(np.int32), their.view(np.int32)):
+            continue
+        equal = False
+        furthest = max(furthest, (ulps(our, their, session.dtype), name), key=lambda pair: pair[0])
         max_abs = max(max_abs, float(np.abs(our.astype(np.float64) - their).max(initial=0.0)))
     error, bound = max(held, key=lambda pair: pair[0] / pair[1], default=(0.0, 0.0))
     return Case(
-        name=f"{attention} {dtype} {mode} padding={padding}",
-        attention=attention,
-        dtype=dtype,
+        name=f"{session.attention} {session.dtype} {mode} padding={padding}",
+        attention=session.attention,
+        dtype=session.dtype,
         mode=mode,
         batch=BATCH,
+        seq=batch.input_ids.shape[1],
         padding=padding,
         equal=equal,
         max_abs=max_abs,
-        max_ulp=max_ulp,
+        max_ulp=furthest[0],
+        tensor=furthest[1],
         error=error,
         bound=bound,
     )
@@ -170,20 +270,9 @@ def _relative(value: np.ndarray, reference: np.ndarray) -> float:
     return off if np.isfinite(off) else float("inf")
 
 
-def _ulps(a: np.ndarray, b: np.ndarray, dtype: str) -> int:
-    """The most representable numbers of `dtype` between two elements; both arrays are float32 (bfloat16 widened)."""
-    keys = []
-    for array in (a, b):
-        bits = np.ascontiguousarray(array, dtype=np.float32).view(np.int32).astype(np.int64)
-        keys.append(np.where(bits < 0, -(bits & 0x7FFFFFFF), bits) >> (16 if dtype == "bfloat16" else 0))
-    return int(np.abs(keys[0] - keys[1]).max(initial=0))
-
-
-def _rows(files: ModelFiles, padding: str, seed: int) -> Batch:
+def _rows(config: DecoderConfig, padding: str, seed: int, seq: int) -> Batch:
     """Random tokens, the first quarter not trained; the first row padded on the given side."""
-    config = files.config
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, PADDINGS.index(padding)])))
-    seq = min(SEQ, config.max_position_embeddings - DECODE)
     ids = generator.integers(0, config.vocab_size, size=(BATCH, seq), dtype=np.int64)
     mask = np.ones((BATCH, seq), dtype=np.int64)
     if padding == "left":
@@ -207,31 +296,27 @@ def _rows(files: ModelFiles, padding: str, seed: int) -> Batch:
     )
 
 
-def _real(made: dict[str, Named], batch: Batch) -> dict[str, Named]:
+def _real(made: Made, batch: Batch, script: Sequence[Feed]) -> Made:
     """With logits of real tokens alone: what a padding position says is nobody's contract off the exact backend."""
     if batch.attention_mask is None:
         return made
-    real = batch.attention_mask > 0
-    prefill = {"prefill": made["decode"]["prefill"][real]}
-    return {**made, "logits": {"logits": made["logits"]["logits"][real]}, "decode": {**made["decode"], **prefill}}
+    fed = {feed.name: feed.mask[:, -feed.ids.shape[1] :] > 0 for feed in script if feed.mask is not None}
+    return {
+        "logits": {"logits": made["logits"]["logits"][batch.attention_mask > 0]},
+        "gradients": made["gradients"],
+        "decode": {name: values[fed[name]] for name, values in made["decode"].items()},
+    }
 
 
-def _ours(session: Session, batch: Batch) -> dict[str, Named]:
+def _ours(session: Session, batch: Batch, script: Sequence[Feed]) -> Made:
     def host(array: Any) -> np.ndarray:
         raw: RawTensor = session.backend.to_raw(array)
         return to_float32(raw).reshape(raw.shape).copy()
 
     logits = host(session.logits(batch))
-    loss, grads = session.micro(batch, list(session.parameters), num_items=batch.trained_tokens)
-    cache = Cache(session, batch=BATCH, capacity=batch.input_ids.shape[1] + DECODE)
-    mask = batch.attention_mask
-    decoded = {"prefill": host(cache.feed(batch.input_ids, mask))}
-    for step, tokens in enumerate(continuation(batch)):
-        mask = None if mask is None else np.concatenate([mask, np.ones((BATCH, 1), dtype=np.int64)], axis=1)
-        decoded[f"step {step}"] = host(cache.feed(tokens, mask))
-    made = {
+    loss, grads = session.micro(batch, read_parameters(session, batch), num_items=batch.trained_tokens)
+    return {
         "logits": {"logits": logits},
         "gradients": {"loss": host(loss), **{name: host(array) for name, array in grads.items()}},
-        "decode": decoded,
+        "decode": {feed.name: host(made) for feed, made in decoded(session, script)},
     }
-    return made if session.backend.exact else _real(made, batch)

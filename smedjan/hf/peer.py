@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,20 +14,52 @@ from smedjan.errors import BackendError
 from smedjan.hf.load import ModelFiles
 
 DECODE = 3
-"""Tokens decoded after the prefill."""
+"""Tokens decoded after a prefill."""
 
 Named = dict[str, np.ndarray]
+"""Float arrays by name: HF's parameter name, or what a step of decoding is called."""
 
 
-def continuation(batch: Batch) -> list[np.ndarray]:
-    """The tokens fed after the prefill: fixed ones, so that a near-tie cannot send the two sides apart."""
-    return [batch.input_ids[:, step : step + 1] for step in range(DECODE)]
+class Refused(Exception):
+    """transformers does not run this model with this attention; the text is its own reason."""
+
+
+@dataclass(frozen=True, eq=False)
+class Feed:
+    """One call with a cache. `mask` [B, old + new tokens] or None; the first feed of a text starts a fresh cache."""
+
+    name: str
+    ids: np.ndarray
+    mask: np.ndarray | None
+    fresh: bool
+
+
+def feeds(batch: Batch, prefills: tuple[int, ...]) -> Iterator[Feed]:
+    """For each length, a prefill of so many of the batch's tokens and DECODE steps of one token a row.
+
+    The tokens fed after a prefill are fixed ones, so that a near-tie cannot send the two sides apart.
+    """
+    rows = len(batch.input_ids)
+    for length in prefills:
+        label = "" if length == batch.input_ids.shape[1] else f" after {length} tokens"
+        mask = None if batch.attention_mask is None else batch.attention_mask[:, :length]
+        yield Feed(f"prefill{label}", batch.input_ids[:, :length], mask, fresh=True)
+        for step in range(DECODE):
+            if mask is not None:
+                mask = np.concatenate([mask, np.ones((rows, 1), dtype=np.int64)], axis=1)
+            yield Feed(f"step {step}{label}", batch.input_ids[:, step : step + 1], mask, fresh=False)
 
 
 class Peer:
-    """transformers' own model of the same weights in `dtype`; with `wide`, those weights computed with in float64."""
+    """A live `transformers` model in its own dtype; with `wide`, a float64 one that nothing in it narrows."""
 
-    def __init__(self, files: ModelFiles, dtype: str, attention: str, *, wide: bool = False) -> None:
+    def __init__(self, model: Any, *, wide: bool = False) -> None:
+        self.model, self.wide = model.eval(), wide
+        self._past: Any = None
+
+    @classmethod
+    def open(cls, files: ModelFiles, dtype: str) -> Peer:
+        """The model in a directory, with the attention that every model has: `use` chooses another."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -34,63 +68,100 @@ class Peer:
                 "transformers needs a model directory", file=files.path, remedy="smedjan import it first"
             )
         model = AutoModelForCausalLM.from_pretrained(
-            files.path,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attention,
-            local_files_only=True,
+            files.path, dtype=getattr(torch, dtype), attn_implementation="eager", local_files_only=True
         )
-        self.wide = wide
-        self.model = model
-        if wide:
-            self.model = model.double()
-            widen_norms(self.model)
+        return cls(model)
 
-    def run(self, batch: Batch) -> dict[str, Named]:
+    @property
+    def attention(self) -> str:
+        return self.model.config._attn_implementation
+
+    def use(self, attention: str) -> None:
+        """Chooses transformers' attention, and tries it on two tokens: some models refuse only when they run."""
+        try:
+            self.model.set_attn_implementation(attention)
+            if self.attention == attention:
+                self.feed(Feed("", np.zeros((1, 2), dtype=np.int64), None, fresh=True))
+        except (ValueError, ImportError) as cause:
+            raise Refused(" ".join(str(cause).split())) from cause
+        if self.attention != attention:
+            raise Refused(f"{type(self.model).__name__} computes {self.attention} where {attention} is asked for")
+
+    def widened(self) -> Peer:
+        """The same weights, computed with in float64."""
+        return Peer(deepcopy(self.model).double(), wide=True)
+
+    def run(self, batch: Batch, prefills: tuple[int, ...]) -> dict[str, Named]:
+        """Logits, loss and gradients, and the logits of every feed; by mode, then by name."""
+        logits, gradients = self.backward(batch)
+        return {
+            "logits": logits,
+            "gradients": gradients,
+            "decode": {feed.name: self.feed(feed) for feed in feeds(batch, prefills)},
+        }
+
+    def backward(self, batch: Batch, *, gradients: bool = True) -> tuple[Named, Named]:
+        """({"logits"}, {"loss" and, with `gradients`, every parameter}). What the loss does not depend on has zeros."""
         import torch
 
-        def host(tensor: Any) -> np.ndarray:
-            return tensor.detach().to(torch.float64 if self.wide else torch.float32).numpy().copy()
-
-        ids = torch.from_numpy(batch.input_ids.copy())
-        mask = None if batch.attention_mask is None else torch.from_numpy(batch.attention_mask)
         shifted = torch.from_numpy(batch.labels)
         labels = torch.full_like(shifted, IGNORE)
         labels[:, 1:] = shifted[:, :-1]
-        out = self.model(input_ids=ids, attention_mask=mask, labels=labels)
-        loss = out.loss
-        if self.wide:  # transformers' own loss is computed in float32
-            loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), shifted.flatten(), ignore_index=IGNORE)
+        self._settle()
         self.model.zero_grad(set_to_none=True)
-        loss.backward()
-        grads = {name: host(parameter.grad) for name, parameter in self.model.named_parameters()}
-        with torch.no_grad():
-            step = self.model(input_ids=ids, attention_mask=mask, use_cache=True)
-            decoded = {"prefill": host(step.logits)}
-            for number, tokens in enumerate(continuation(batch)):
-                mask = None if mask is None else torch.cat([mask, torch.ones(len(tokens), 1, dtype=mask.dtype)], dim=1)
-                step = self.model(
-                    input_ids=torch.from_numpy(tokens.copy()),
-                    attention_mask=mask,
-                    past_key_values=step.past_key_values,
-                    use_cache=True,
-                )
-                decoded[f"step {number}"] = host(step.logits)
-        logits = host(out.logits)
-        return {
-            "logits": {"logits": logits},
-            "gradients": {"loss": host(loss), **grads},
-            "decode": decoded,
+        with self._precision():
+            out = self.model(
+                input_ids=torch.from_numpy(batch.input_ids.copy()),
+                attention_mask=None if batch.attention_mask is None else torch.from_numpy(batch.attention_mask),
+                labels=labels,
+            )
+            if gradients:
+                out.loss.backward()
+        grads = {
+            name: np.zeros(tuple(parameter.shape), dtype=self._numpy)
+            if parameter.grad is None
+            else self._host(parameter.grad)
+            for name, parameter in self.model.named_parameters()
+            if gradients
         }
+        self.model.zero_grad(set_to_none=True)
+        return {"logits": self._host(out.logits)}, {"loss": self._host(out.loss), **grads}
 
+    def feed(self, feed: Feed) -> np.ndarray:
+        """Logits [B, T, V] of the new tokens. Feeds follow one another: the cache is the peer's own."""
+        import torch
 
-def widen_norms(model: Any) -> None:
-    """transformers computes RMS norms in float32 whatever their input is; a float64 reference must not."""
-    import torch
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+        if feed.fresh:
+            self._past = None
+            self._settle()
+        with torch.no_grad(), self._precision():
+            out = self.model(
+                input_ids=torch.from_numpy(feed.ids.copy()),
+                attention_mask=None if feed.mask is None else torch.from_numpy(feed.mask.copy()),
+                past_key_values=self._past,
+                use_cache=True,
+            )
+        self._past = out.past_key_values
+        return self._host(out.logits)
 
-    def wide(norm: Any, x: Any) -> Any:
-        return norm.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon))
+    def _settle(self) -> None:
+        """A dynamic rotary table keeps the size of the longest text that it has seen, until it sees a short one."""
+        import torch
 
-    for module in model.modules():
-        if isinstance(module, LlamaRMSNorm):
-            setattr(module, "forward", partial(wide, module))  # noqa: B010  (a method, for mypy)
+        if any("dynamic" in str(vars(module).get("rope_type", "")) for module in self.model.modules()):
+            with torch.no_grad(), self._precision():
+                self.model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=False)
+
+    @property
+    def _numpy(self) -> type[np.floating]:
+        return np.float64 if self.wide else np.float32
+
+    def _host(self, tensor: Any) -> np.ndarray:
+        return (tensor.detach().double() if self.wide else tensor.detach().float()).numpy().copy()
+
+    def _precision(self) -> Any:
+        from contextlib import nullcontext
+
+        from smedjan.hf.peer_trace import Wide
+
+        return Wide() if self.wide else nullcontext()

@@ -1,26 +1,24 @@
 """The strict reader of `config.json`: every key is read, known to be inert, or an error.
 
 A dropped key is a silently different model, so `ConfigReader.finish` refuses what nobody asked for and names the
-nearest key that is known. RoPE is spelt in two ways (`rope_theta` + `rope_scaling`, and transformers 5's
-`rope_parameters`): both are read, a contradiction between them is an error, and both are written.
+nearest key that is known. What was read, defaults filled in, is what is written again (`ConfigReader.values`).
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from smedjan.errors import ConfigError, SmedjanError, nearest
 
 _MISSING = object()
-
-ROPE_TYPES = ("default", "linear", "llama3")
-"""The scalings of rotary positions that the `rope` op computes."""
-
+_MAX_INTEGER = 2**31 - 1
+"""What positions and ids are counted in on devices and in other tools."""
+_MAX_NUMBER = (2 - 2**-23) * 2.0**127
+"""The largest float32: what a larger number makes infinite."""
 
 HF_INERT = """
     _attn_implementation _commit_hash _name_or_path architectures attn_implementation auto_map bad_words_ids
@@ -36,8 +34,11 @@ HF_INERT = """
 """Bookkeeping, initialisation, and sampling defaults that transformers once kept here: none enters the computation."""
 
 
-def parse_json(text: str | bytes, file: Path, error: type[SmedjanError] = ConfigError) -> Any:
-    """The JSON value in `text`; a duplicate key, which the json module drops without a word, is refused."""
+def parse_json(
+    text: str | bytes, file: Path, error: type[SmedjanError] = ConfigError, *, field: str | None = None
+) -> Any:
+    """The JSON value in `text`, a part of the file called `field` if it is not the whole. A duplicate key, which the
+    json module drops without a word, is refused."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
@@ -50,9 +51,14 @@ def parse_json(text: str | bytes, file: Path, error: type[SmedjanError] = Config
         return seen
 
     try:
-        return json.loads(text, object_pairs_hook=pairs)
+        value = json.loads(text, object_pairs_hook=pairs)
+        # Half a surrogate pair, escaped, is no text: it could be read and never be written.
+        json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as cause:
-        raise error(f"not valid JSON ({cause})", file=file, remedy="write the file again from its source") from cause
+        raise error(
+            f"not valid JSON ({cause})", file=file, field=field, remedy="write the file again from its source"
+        ) from cause
+    return value
 
 
 def read_json_object(file: Path, error: type[SmedjanError] = ConfigError) -> dict[str, Any]:
@@ -67,6 +73,21 @@ def read_json_object(file: Path, error: type[SmedjanError] = ConfigError) -> dic
     return value
 
 
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)
+
+
+def _is_complete(data: dict[str, Any]) -> bool:
+    """Whether transformers 5 wrote the file: it writes every key that its configuration class has, older ones left out
+    what was not known in their days."""
+    version = data.get("transformers_version")
+    return isinstance(version, str) and (found := re.match(r"\d+", version)) is not None and int(found[0]) >= 5
+
+
 class ConfigReader:
     """Typed reads of one JSON object. `ignore_keys` lets unknown keys pass; it never hides a key that we read."""
 
@@ -75,6 +96,12 @@ class ConfigReader:
         self.file = file
         self.ignore_keys = frozenset(ignore_keys)
         self.prefix = prefix
+        self.values: dict[str, Any] = {}
+        """Every key read, with its value or its default: a complete config.json for readers with other defaults."""
+        self.defaults: dict[str, Any] = {}
+        """The keys that are not in the file, with the values that were taken for them."""
+        self.complete = _is_complete(data)
+        self._optional: set[str] = set()
         self._known: set[str] = set()
 
     def error(self, message: str, field: str, remedy: str) -> ConfigError:
@@ -83,6 +110,20 @@ class ConfigReader:
     def has(self, name: str) -> bool:
         """Whether the key is there and not null."""
         return self.data.get(name) is not None
+
+    def absent(self, name: str, default: Any) -> None:
+        """Take `default` for a key that is not there, unless the file is of a kind that has every key."""
+        if self.complete and name not in self._optional:
+            raise self.error(
+                f"is missing, and transformers {self.data.get('transformers_version', 5)}, which wrote this, writes it",
+                name,
+                f"get the file again, or add it ({json.dumps(default)} is the default)",
+            )
+        self.defaults[self.prefix + name] = default
+
+    def optional(self, *names: str) -> None:
+        """Keys that a complete file may lack too."""
+        self._optional.update(names)
 
     def inert(self, *names: str) -> None:
         """Keys that do not change what the model computes."""
@@ -94,17 +135,20 @@ class ConfigReader:
         if value is _MISSING:
             if default is _MISSING:
                 raise self.error("is missing", name, "add it: it has no default")
-            return default
+            self.absent(name, default)
+            value = default
+        self.values[name] = value
         return value
 
     def integer(self, name: str, default: Any = _MISSING, *, low: int = 0, high: int | None = None) -> int:
-        """An integer in [low, high]. A bool or a float is not one."""
+        """An integer in [low, high], below 2^31 in any case. A bool or a float is not one."""
+        high = _MAX_INTEGER if high is None else high
         value = self._read(name, default)
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.error(f"is {value!r}, not an integer", name, "give a whole number")
-        if value < low or (high is not None and value > high):
-            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise self.error(f"is {value}", name, f"give an integer {bounds}")
+        if not low <= value <= high:
+            bounds = f"at least {low}" if value < low and high == _MAX_INTEGER else f"between {low} and {high}"
+            raise self.error(f"is {_short(value)}", name, f"give an integer {bounds}")
         return value
 
     def optional_integer(
@@ -116,12 +160,13 @@ class ConfigReader:
         return self.integer(name, default, low=low, high=high)
 
     def number(self, name: str, default: Any = _MISSING, *, low: float = 0.0, open_low: bool = False) -> float:
-        """A finite number >= low (> low where `open_low`). An integer is one, a bool is not."""
+        """A number >= low (> low where `open_low`) that float32 has. An integer is one, a bool is not."""
         value = self._read(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.error(f"is {value!r}, not a number", name, "give a number")
-        if not isfinite(value) or value < low or (open_low and value == low):
-            raise self.error(f"is {value}", name, f"give a finite number {'above' if open_low else 'at least'} {low:g}")
+        if not low <= value <= _MAX_NUMBER or (open_low and value == low):
+            bound = f"{'above' if open_low else 'at least'} {low:g}"
+            raise self.error(f"is {_short(value)}", name, f"give a finite number {bound}, in float32's range")
         return float(value)
 
     def flag(self, name: str, default: Any = _MISSING) -> bool:
@@ -146,19 +191,52 @@ class ConfigReader:
 
     def only(self, name: str, *allowed: Any, remedy: str) -> None:
         """A key that may be there as long as it says what we compute anyway. True is not 1 here."""
-        value = self._read(name, allowed[0])
+        self._known.add(name)
+        value = self.data.get(name, allowed[0])
         if not any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in allowed):
             raise self.error(f"is {value!r}, which is not supported", name, remedy)
 
+    def optional_number(self, name: str, *, low: float = 0.0, open_low: bool = False) -> float | None:
+        """A finite number >= low, or null."""
+        if self._read(name, None) is None:
+            return None
+        return self.number(name, low=low, open_low=open_low)
+
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """A list of `count` finite numbers above zero."""
+        value = self._read(name, _MISSING)
+        sound = isinstance(value, list) and len(value) == count
+        if not sound or not all(type(x) in (int, float) and 0 < x <= _MAX_NUMBER for x in value):
+            raise self.error(f"is {_short(value)}", name, f"give a list of {count} finite numbers above 0")
+        return tuple(float(x) for x in value)
+
+    def choices(self, name: str, options: Collection[Any], count: int) -> tuple[Any, ...] | None:
+        """A list of `count` values out of `options`, or None where it is null or absent."""
+        self._known.add(name)
+        value = self.data.get(name)
+        if value is None:
+            self.absent(name, None)
+            return None
+        if not isinstance(value, list) or len(value) != count:
+            raise self.error(f"is {_short(value)}", name, f"give a list of {count}, one for each layer")
+        for item in value:
+            if not any(item == option and type(item) is type(option) for option in options):
+                raise self.error(f"holds {item!r}", name, f"supported: {', '.join(map(str, options))}")
+        self.values[name] = value
+        return tuple(value)
+
     def table(self, name: str) -> ConfigReader | None:
         """The nested object under `name`, or None where it is null or absent. The caller finishes it."""
-        value = self._read(name, None)
+        self._known.add(name)
+        value = self.data.get(name)
         if value is None:
             return None
         if not isinstance(value, dict):
             raise self.error(f"is {value!r}, not an object", name, "give an object {...} or null")
         nested = {key.removeprefix(f"{name}.") for key in self.ignore_keys if key.startswith(f"{name}.")}
-        return ConfigReader(value, self.file, nested, prefix=f"{self.prefix}{name}.")
+        inner = ConfigReader(value, self.file, nested, prefix=f"{self.prefix}{name}.")
+        inner.complete, inner.defaults = self.complete, self.defaults
+        return inner
 
     def contradiction(self, left: str, right: str, message: str, remedy: str) -> ConfigError:
         """Two keys that cannot both be right."""
@@ -176,108 +254,3 @@ class ConfigReader:
                 key,
                 f"{hint}if it does not matter, pass --ignore-key {self.prefix}{key}",
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary positions: angle(p, i) = p * f_i, f_i = rope_theta^(-2i / head_dim), scaled by `rope_type`.
-
-    linear: f_i / factor. llama3: f_i / factor for wavelengths 2 pi / f_i above original / low_freq_factor, f_i below
-    original / high_freq_factor, interpolated between. Fields that the type does not use are None.
-    """
-
-    rope_type: str = "default"
-    rope_theta: float = 10000.0
-    factor: float | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
-
-
-def read_rope(reader: ConfigReader, max_position_embeddings: int, default_theta: float = 10000.0) -> RopeConfig:
-    """Rotary positions from either spelling, or from both where they agree."""
-    theta = reader.number("rope_theta", low=0.0, open_low=True) if reader.has("rope_theta") else None
-    reader.inert("rope_theta")
-    original = reader.optional_integer("original_max_position_embeddings", low=1)
-    reader.only("partial_rotary_factor", None, 1, remedy="only models that rotate the whole head are supported")
-    found: dict[str, RopeConfig] = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        table = reader.table(name)
-        if table is not None:
-            found[name] = _read_rope_table(table, theta, original, max_position_embeddings, default_theta)
-            if theta is not None and found[name].rope_theta != theta:
-                raise reader.contradiction(
-                    "rope_theta", f"{name}.rope_theta", f"are {theta:g} and {found[name].rope_theta:g}", "keep one"
-                )
-    if len(found) == 2 and found["rope_scaling"] != found["rope_parameters"]:
-        # rope_scaling seldom carries its own rope_theta: it then stands under rope_parameters alone.
-        old, new = found["rope_scaling"], found["rope_parameters"]
-        for field in RopeConfig.__dataclass_fields__:
-            left, right = getattr(old, field), getattr(new, field)
-            inherited = field == "rope_theta" and theta is None and "rope_theta" not in reader.data["rope_scaling"]
-            if left != right and not inherited:
-                raise reader.contradiction(
-                    f"rope_scaling.{field}", f"rope_parameters.{field}", f"are {left!r} and {right!r}", "keep one"
-                )
-    if found:
-        return found.get("rope_parameters") or found["rope_scaling"]
-    return RopeConfig(rope_theta=theta if theta is not None else default_theta)
-
-
-def _read_rope_table(
-    table: ConfigReader, theta: float | None, original: int | None, max_positions: int, default_theta: float
-) -> RopeConfig:
-    table.inert("rope_type", "type", "rope_theta")
-    kinds = [table.choice(name, ROPE_TYPES) for name in ("rope_type", "type") if table.has(name)]
-    if len(set(kinds)) == 2:
-        raise table.contradiction("rope_type", "type", f"are {kinds[0]!r} and {kinds[1]!r}", "keep one")
-    kind = kinds[0] if kinds else "default"
-    table.only("partial_rotary_factor", None, 1, remedy="only models that rotate the whole head are supported")
-    fields: dict[str, Any] = {"rope_type": kind, "rope_theta": theta if theta is not None else default_theta}
-    if table.has("rope_theta"):
-        fields["rope_theta"] = table.number("rope_theta", low=0.0, open_low=True)
-    if kind != "default":
-        fields["factor"] = table.number("factor", low=0.0, open_low=True)
-    if kind == "llama3":
-        fields["low_freq_factor"] = table.number("low_freq_factor", low=0.0, open_low=True)
-        fields["high_freq_factor"] = table.number("high_freq_factor", low=0.0, open_low=True)
-        if fields["high_freq_factor"] <= fields["low_freq_factor"]:
-            raise table.contradiction(
-                "low_freq_factor",
-                "high_freq_factor",
-                f"are {fields['low_freq_factor']:g} and {fields['high_freq_factor']:g}",
-                "the high one must be the larger",
-            )
-        inner = table.optional_integer("original_max_position_embeddings", low=1)
-        if inner is not None and original is not None and inner != original:
-            raise ConfigError(
-                f"are {original} and {inner}",
-                file=table.file,
-                field=f"original_max_position_embeddings and {table.prefix}original_max_position_embeddings",
-                remedy="keep one",
-            )
-        fields["original_max_position_embeddings"] = inner or original or max_positions
-    table.finish()
-    return RopeConfig(**fields)
-
-
-def write_rope(rope: RopeConfig) -> dict[str, Any]:
-    """The keys of `config.json` in both spellings: `rope_theta`, `rope_scaling` and `rope_parameters`."""
-    scaling = {
-        name: value
-        for name, value in (
-            ("factor", rope.factor),
-            ("low_freq_factor", rope.low_freq_factor),
-            ("high_freq_factor", rope.high_freq_factor),
-            ("original_max_position_embeddings", rope.original_max_position_embeddings),
-        )
-        if value is not None
-    }
-    return {
-        "rope_theta": rope.rope_theta,
-        # transformers before 4.43 and mlx-lm look for `type`, later ones for `rope_type`.
-        "rope_scaling": (
-            None if rope.rope_type == "default" else {"type": rope.rope_type, "rope_type": rope.rope_type, **scaling}
-        ),
-        "rope_parameters": {"rope_type": rope.rope_type, "rope_theta": rope.rope_theta, **scaling},
-    }

@@ -8,14 +8,73 @@ from types import ModuleType
 from typing import Any
 
 from smedjan.errors import ConfigError, nearest
-from smedjan.models import llama
-from smedjan.models.llama import LlamaConfig
+from smedjan.models import (
+    arcee,
+    cohere,
+    cohere2,
+    ernie4_5,
+    exaone4,
+    gemma,
+    gemma2,
+    gemma3_text,
+    glm,
+    glm4,
+    gpt2,
+    gpt_neox,
+    granite,
+    helium,
+    llama,
+    ministral,
+    mistral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    seed_oss,
+    smollm3,
+    stablelm,
+    starcoder2,
+    vaultgemma,
+)
+from smedjan.models.decoder_config import DecoderConfig
 
-ARCHITECTURES: dict[str, ModuleType] = {"llama": llama}
-"""HF `model_type` -> the module with ARCHITECTURE, read, write, parameter_shapes and tied."""
+ARCHITECTURES: dict[str, ModuleType] = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (
+        llama,
+        mistral,
+        ministral,
+        qwen2,
+        qwen3,
+        gemma,
+        gemma2,
+        gemma3_text,
+        phi3,
+        granite,
+        smollm3,
+        olmo2,
+        olmo3,
+        starcoder2,
+        cohere2,
+        stablelm,
+        gpt_neox,
+        gpt2,
+        arcee,
+        seed_oss,
+        cohere,
+        ernie4_5,
+        exaone4,
+        glm,
+        glm4,
+        helium,
+        vaultgemma,
+    )
+}
+"""HF `model_type`, which is the module's name -> the module with ARCHITECTURE and read."""
 
 
-def read_config(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> LlamaConfig:
+def read_config(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> DecoderConfig:
     """The configuration in `config.json`, whatever its architecture; what we cannot compute is a ConfigError."""
     ignored = tuple(ignore_keys)
     model_type = data.get("model_type")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from smedjan.graph.op import op, require
 from smedjan.graph.rewrite import backward_by_decomposition
 from smedjan.graph.tensor import Spec, Tensor
+from smedjan.ops.activation import softcap
 from smedjan.ops.elementwise import add, cast, scale
 from smedjan.ops.linear import matmul, transpose_last
 
@@ -49,6 +50,18 @@ def merge_heads_bwd(dy: Tensor, *, heads: int) -> Spec:
 
 
 @op
+def swap_heads(x: Tensor) -> Spec:
+    """x [B, T, H, D] -> y [B, H, T, D], and back"""
+    batch, one, other, dim = x.shape
+    return x.like(shape=(batch, other, one, dim))
+
+
+@swap_heads.vjp
+def _(dys, ins, outs, needs, acc):
+    return (swap_heads(dys[0]),)
+
+
+@op
 def repeat_kv(x: Tensor, *, times: int) -> Spec:
     """Each key/value head `times` times in a row.       x [B, K, S, D] -> y [B, K*times, S, D]"""
     batch, heads, seq, dim = x.shape
@@ -79,24 +92,30 @@ def _(dys, ins, outs, needs, acc):
 
 
 @op
-def padding_mask(attention_mask: Tensor, *, queries: int) -> Spec:
-    """m[b, 0, i, j] = key j is no padding and j <= i + S - T.   attention_mask [B, S] bool -> m [B, 1, T, S] bool"""
+def padding_mask(attention_mask: Tensor, *, queries: int, window: int = 0) -> Spec:
+    """m[b, 0, i, j] = key j is no padding and j <= i + S - T, and j > i + S - T - window where there is one
+
+    attention_mask [B, S] bool -> m [B, 1, T, S] bool; with a window, of the last T + window - 1 keys alone.
+    """
     batch, keys = attention_mask.shape
     return Spec((batch, 1, queries, keys), "bool")
 
 
 @op
-def document_mask(segment_ids: Tensor) -> Spec:
-    """m[b, 0, i, j] = j <= i and both in one document.       segment_ids [B, T] -> m [B, 1, T, T] bool"""
+def document_mask(segment_ids: Tensor, *, window: int = 0) -> Spec:
+    """m[b, 0, i, j] = j <= i, both in one document, and j > i - window where there is one
+
+    segment_ids [B, T] -> m [B, 1, T, T] bool"""
     batch, seq = segment_ids.shape
     return Spec((batch, 1, seq, seq), "bool")
 
 
 @op
-def causal_mask(like: Tensor, *, keys: int) -> Spec:
-    """m[0, 0, i, j] = j <= i.       like [B, T] (for T alone) -> m [1, 1, T, T] bool
+def causal_mask(like: Tensor, *, keys: int, window: int = 0) -> Spec:
+    """m[0, 0, i, j] = j <= i, and j > i - window where there is one.       like [B, T] (for T alone) -> m [1, 1, T, T]
 
-    `keys` is the declared width: T, or the capacity of a cache of which the first T places are read.
+    `keys` is the declared width: T, or the capacity of a cache of which the first T places are read. One query alone,
+    past a window, sees all the `window` keys that are read for it.
     """
     return Spec((1, 1, like.shape[1], keys), "bool")
 
@@ -169,19 +188,30 @@ def sdpa_bwd(
 
 @op(saves=("lse",), cost=_attention_flops)
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, scale: float, implementation: str = "sdpa"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    *,
+    causal: bool,
+    scale: float,
+    implementation: str = "sdpa",
+    cap: float = 0.0,
+    softmax_dtype: str = "float32",
 ) -> tuple[Spec, Spec]:
     """`sdpa` as one of transformers' two computations: "sdpa" (torch's fused op) or "eager" (two matmuls).
 
-    They differ in rounding alone. "eager" rounds the probabilities to q's dtype before the second matmul.
+    They differ in rounding alone. "eager" rounds the probabilities to q's dtype before the second matmul; only it caps
+    the scores (cap tanh(s / cap), before the mask), or makes the softmax in `softmax_dtype` "" (q's, as GPT-2 does).
     """
     require(implementation in ("sdpa", "eager"), f"attention: implementation {implementation!r}")
+    require(implementation == "eager" or not cap, "attention: torch's fused attention has no softcap")
     require(q.shape[1] % k.shape[1] == 0, f"attention: {q.shape[1]} query heads over {k.shape[1]} key heads")
     return q.like(), Spec(q.shape[:3], "float32")
 
 
 @attention.decompose
-def _(q, k, v, mask, *, causal, scale, implementation):
+def _(q, k, v, mask, *, causal, scale, implementation, cap, softmax_dtype):
     times = q.shape[1] // k.shape[1]
     if implementation == "sdpa":
         if times > 1 and mask is not None and q.shape[2] > 1:
@@ -189,12 +219,12 @@ def _(q, k, v, mask, *, causal, scale, implementation):
         return sdpa(q, k, v, mask, causal=causal, scale=scale)
     if times > 1:
         k, v = repeat_kv(k, times=times), repeat_kv(v, times=times)
-    else:  # transformers' cache, which it fills in training too, has copied both
-        k, v = contiguous(k), contiguous(v)
     scores = _scaled(matmul(q, transpose_last(k)), scale)
+    if cap:
+        scores = softcap(scores, cap)
     if mask is not None:
         scores = add(scores, mask_to_bias(mask, dtype=q.dtype))
-    weights = cast(softmax(cast(scores, "float32")), q.dtype)
+    weights = cast(softmax(cast(scores, softmax_dtype or q.dtype)), q.dtype)
     return matmul(weights, v)
 
 
@@ -203,20 +233,9 @@ def _scaled(x: Tensor, factor: float) -> Tensor:
 
 
 @attention.vjp
-def _(dys, ins, outs, needs, acc, *, causal, scale, implementation):
+def _(dys, ins, outs, needs, acc, **attrs):
     q, k, v, mask = ins
-    dq, dk, dv = attention_bwd(
-        dys[0],
-        q,
-        k,
-        v,
-        mask,
-        outs.public[0],
-        outs.saved[0],
-        causal=causal,
-        scale=scale,
-        implementation=implementation,
-    )
+    dq, dk, dv = attention_bwd(dys[0], q, k, v, mask, outs.public[0], outs.saved[0], **attrs)
     return dq, dk, dv, None
 
 
@@ -233,6 +252,8 @@ def attention_bwd(
     causal: bool,
     scale: float,
     implementation: str,
+    cap: float,
+    softmax_dtype: str,
 ) -> tuple[Spec, Spec, Spec]:
     """The gradients of q, k and v, as `sdpa_bwd` has them."""
     return q.like(), k.like(), v.like()

@@ -14,6 +14,10 @@ def kv_write(cache: Tensor, kv: Tensor, start: Tensor) -> Spec:
 
 
 @op
-def kv_read(cache: Tensor, end: Tensor) -> Spec:
-    """y = cache[:, :, :end]. The declared shape is the capacity: `end` is known on the host when the program runs."""
+def kv_read(cache: Tensor, end: Tensor, *, seq: int = 0, window: int = 0) -> Spec:
+    """y = cache[:, :, start:end], start = max(0, end - seq - window + 1) where there is a window, else 0
+
+    seq: new tokens, the last of those in the cache. With a window, that is what they can see, no key more: the number
+    of keys decides the bits. The declared shape is the capacity: `end` is known on the host when the program runs.
+    """
     return cache.like()

@@ -33,6 +33,12 @@ def _(dys, ins, outs, needs, acc):
     return (dys[0],)
 
 
+@op(pure=False)
+def copy(x: Tensor) -> Spec:
+    """y = x in memory of its own: what two outputs that are one tensor need, since each may be written to."""
+    return x.like()
+
+
 @op
 def _cast(x: Tensor, *, dtype: str) -> Spec:
     """y = x rounded to `dtype` (nearest even)."""
@@ -73,6 +79,22 @@ def _(dys, ins, outs, needs, acc):
 
 
 @op
+def sub(a: Tensor, b: Tensor) -> Spec:
+    """y = a - b, broadcast"""
+    require(a.dtype == b.dtype, f"sub of {a.dtype} and {b.dtype}: cast first")
+    return a.like(shape=broadcast(a.shape, b.shape))
+
+
+@sub.vjp
+def _(dys, ins, outs, needs, acc):
+    a, b = ins
+    return (
+        unbroadcast(dys[0], a) if needs[0] else None,
+        unbroadcast(scale(dys[0], factor=-1.0), b) if needs[1] else None,
+    )
+
+
+@op
 def mul(a: Tensor, b: Tensor) -> Spec:
     """y = a * b, broadcast"""
     require(a.dtype == b.dtype, f"mul of {a.dtype} and {b.dtype}: cast first")
@@ -97,6 +119,17 @@ def scale(x: Tensor, *, factor: float) -> Spec:
 @scale.vjp
 def _(dys, ins, outs, needs, acc, *, factor):
     return (scale(dys[0], factor=factor),)
+
+
+@op
+def divide(x: Tensor, *, divisor: float) -> Spec:
+    """y = x / divisor, with a constant: another rounding than the product with its reciprocal"""
+    return x.like()
+
+
+@divide.vjp
+def _(dys, ins, outs, needs, acc, *, divisor):
+    return (divide(dys[0], divisor=divisor),)
 
 
 @op
@@ -141,6 +174,17 @@ def _(dys, ins, outs, needs, acc):
 
 
 @op
+def power(x: Tensor, *, exponent: float) -> Spec:
+    """y = x^exponent"""
+    return x.like()
+
+
+@power.vjp
+def _(dys, ins, outs, needs, acc, *, exponent):
+    return (mul(dys[0], scale(power(ins[0], exponent=exponent - 1), factor=exponent)),)
+
+
+@op
 def rsqrt(x: Tensor) -> Spec:
     """y = x^(-1/2)"""
     return x.like()
@@ -154,23 +198,6 @@ def _(dys, ins, outs, needs, acc):
 @op
 def rsqrt_bwd(dy: Tensor, y: Tensor) -> Spec:
     """dx = -1/2 dy y^3"""
-    return dy.like()
-
-
-@op
-def silu(x: Tensor) -> Spec:
-    """y = x * sigmoid(x)"""
-    return x.like()
-
-
-@silu.vjp
-def _(dys, ins, outs, needs, acc):
-    return (silu_bwd(dys[0], ins[0]),)
-
-
-@op
-def silu_bwd(dy: Tensor, x: Tensor) -> Spec:
-    """dx = dy * s (1 + x (1 - s)),  s = sigmoid(x)"""
     return dy.like()
 
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 from smedjan.graph.op import op, require
 from smedjan.graph.rewrite import backward_by_decomposition
 from smedjan.graph.tensor import Spec, Tensor
-from smedjan.ops.elementwise import mul, silu
+from smedjan.ops.activation import ACTIVATIONS, activation
+from smedjan.ops.elementwise import mul
 
 
 @op(cost=lambda node: 5 * node.inputs[0].numel)
 def glu(gate: Tensor, up: Tensor, *, act: str = "silu") -> Spec:
     """y = act(gate) * up       gate, up [..., I] -> y [..., I]. act(gate) is rounded to gate's dtype first."""
     require(gate.shape == up.shape, f"glu: gate {gate.shape}, up {up.shape}")
-    require(act == "silu", f"glu: act {act!r}")
+    require(act in ACTIVATIONS, f"glu: act {act!r}")
     return gate.like()
 
 
 @glu.decompose
 def _(gate, up, *, act):
-    return mul(silu(gate), up)
+    return mul(activation(gate, act), up)
 
 
 @glu.vjp

@@ -43,6 +43,36 @@ def bias_grad(dy: Tensor) -> Spec:
     return dy.like(shape=dy.shape[-1:])
 
 
+@op(cost=lambda node: 2 * node.inputs[0].numel * node.inputs[1].shape[1])
+def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Spec:
+    """y = x W + b       x [..., I], W [I, O], b [O] -> y [..., O]: `linear` with GPT-2's transposed weight"""
+    require(weight.ndim == 2 and weight.shape[0] == x.shape[-1], f"conv1d: weight {weight.shape} for x {x.shape}")
+    require(x.dtype == weight.dtype, f"conv1d: x is {x.dtype}, weight {weight.dtype}: cast first")
+    return x.like(shape=(*x.shape[:-1], weight.shape[1]))
+
+
+@conv1d.vjp
+def _(dys, ins, outs, needs, acc):
+    x, weight, _bias = ins
+    return (
+        conv1d_dx(dys[0], weight) if needs[0] else None,
+        conv1d_dw(dys[0], x) if needs[1] else None,
+        bias_grad(dys[0]) if needs[2] else None,
+    )
+
+
+@op(cost=lambda node: 2 * node.inputs[0].numel * node.inputs[1].shape[0])
+def conv1d_dx(dy: Tensor, weight: Tensor) -> Spec:
+    """dx = dy W^T       dy [..., O], W [I, O] -> dx [..., I]"""
+    return dy.like(shape=(*dy.shape[:-1], weight.shape[0]))
+
+
+@op(cost=lambda node: 2 * node.inputs[0].numel * node.inputs[1].shape[-1])
+def conv1d_dw(dy: Tensor, x: Tensor) -> Spec:
+    """dW = x^T dy over all rows       dy [..., O], x [..., I] -> dW [I, O]"""
+    return x.like(shape=(x.shape[-1], dy.shape[-1]))
+
+
 @op(cost=lambda node: 2 * node.outputs[0].numel * node.inputs[0].shape[-1])
 def matmul(a: Tensor, b: Tensor) -> Spec:
     """y = a b       a [B, H, M, K], b [B, H, K, N] -> y [B, H, M, N]"""

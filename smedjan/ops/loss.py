@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from smedjan.graph.op import op, require
 from smedjan.graph.tensor import Spec, Tensor
-from smedjan.ops.elementwise import cast, divide_by, ones, reshape, scale_by
+from smedjan.ops.activation import softcap
+from smedjan.ops.elementwise import cast, divide, divide_by, ones, reshape, scale, scale_by
 from smedjan.ops.linear import linear
 
 
@@ -43,6 +44,15 @@ def nll_loss_bwd(dy: Tensor, log_probs: Tensor, labels: Tensor) -> Spec:
     return log_probs.like()
 
 
+def shape_logits(logits: Tensor, *, scaling: float = 1.0, divisor: float = 1.0, cap: float = 0.0) -> Tensor:
+    """cap tanh(scaling * logits / divisor / cap), in the logits' dtype; a step with a neutral constant is not made."""
+    if scaling != 1.0:
+        logits = scale(logits, factor=scaling)
+    if divisor != 1.0:
+        logits = divide(logits, divisor=divisor)
+    return softcap(logits, cap) if cap else logits
+
+
 def _head_flops(node) -> int:
     x, weight = node.inputs[0], node.inputs[1]
     return 2 * x.numel * weight.shape[0] * (1 + len(node.attrs["grads"]))
@@ -50,9 +60,17 @@ def _head_flops(node) -> int:
 
 @op(saves=("dx", "dweight"), cost=_head_flops)
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, labels: Tensor, num_items: Tensor, *, grads: str = ""
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    num_items: Tensor,
+    *,
+    grads: str = "",
+    scaling: float = 1.0,
+    divisor: float = 1.0,
+    cap: float = 0.0,
 ) -> tuple[Spec, Spec, Spec]:
-    """loss = sum over trained rows of (log sum exp(W x) - (W x)[label]) / num_items
+    """loss = sum over trained rows of (log sum exp(z) - z[label]) / num_items,  z = shape_logits(W x)
 
     x [N, D] or [B, T, D], weight [V, D], labels [N], num_items float32 scalar -> loss float32. Logits are made in x's
     dtype, the softmax in float32. A fused lowering never holds all logits: it makes the gradients that `grads` names
@@ -67,14 +85,14 @@ def linear_cross_entropy(
 
 
 @linear_cross_entropy.decompose
-def _(x, weight, labels, num_items, *, grads):
-    logits = cast(linear(x, weight), "float32")
+def _(x, weight, labels, num_items, *, grads, **shaping):
+    logits = cast(shape_logits(linear(x, weight), **shaping), "float32")
     flat = reshape(logits, shape=(labels.numel, weight.shape[0])) if logits.ndim != 2 else logits
     return divide_by(nll_loss(log_softmax(flat), labels), num_items)
 
 
 @linear_cross_entropy.vjp
-def _(dys, ins, outs, needs, acc, *, grads):
+def _(dys, ins, outs, needs, acc, *, grads, **shaping):
     one = dys[0].node.op is ones
     made = []
     for need, name, saved in zip(needs[:2], "xw", outs.saved, strict=True):

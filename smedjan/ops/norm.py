@@ -1,11 +1,11 @@
-"""Root-mean-square normalisation (Zhang & Sennrich 2019, eq. 4) and the mean it is made of."""
+"""Root-mean-square (Zhang & Sennrich 2019, eq. 4) and layer normalisation (Ba et al. 2016, eq. 4), and the mean."""
 
 from __future__ import annotations
 
 from smedjan.graph.op import op, require
 from smedjan.graph.rewrite import backward_by_decomposition
 from smedjan.graph.tensor import Spec, Tensor
-from smedjan.ops.elementwise import add_scalar, cast, mul, rsqrt, square
+from smedjan.ops.elementwise import add, add_scalar, cast, mul, rsqrt, square, sub
 
 
 @op
@@ -26,30 +26,34 @@ def mean_last_bwd(dy: Tensor, *, size: int) -> Spec:
 
 
 @op(saves=("rstd",), cost=lambda node: 4 * node.inputs[0].numel)
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float, weight_cast: str = "before") -> tuple[Spec, Spec]:
-    """y = round(x * rstd) * weight,  rstd = (mean(x^2, -1) + eps)^(-1/2)       x [..., D], weight [D] -> y [..., D]
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float, weight_cast: str = "before", offset: float = 0.0
+) -> tuple[Spec, Spec]:
+    """y = x * rstd * (offset + weight),  rstd = (mean(x^2, -1) + eps)^(-1/2)       x [..., D], weight [D] -> y [..., D]
 
     The mean and the product run in float32. `weight_cast` says when the product is rounded to x's dtype: "before" the
-    weight (Llama) or "after" (Gemma). Saves rstd [...], float32.
+    weight (Llama) or "after" (Gemma, OLMo 2). Saves rstd [...], float32.
     """
+    require(not offset or weight_cast == "after", "rms_norm: an offset is added in float32")
     require(weight.shape == x.shape[-1:], f"rms_norm: weight {weight.shape} for x {x.shape}")
     require(weight_cast in ("before", "after"), f"rms_norm: weight_cast {weight_cast!r}")
     return x.like(), Spec(x.shape[:-1], "float32")
 
 
 @rms_norm.decompose
-def _(x, weight, *, eps, weight_cast):
+def _(x, weight, *, eps, weight_cast, offset):
     wide = cast(x, "float32")
     rstd = rsqrt(add_scalar(mean_last(square(wide)), value=eps))
     normed = mul(wide, rstd)
     if weight_cast == "before":
         return mul(weight, cast(normed, x.dtype))
-    return cast(mul(cast(weight, "float32"), normed), x.dtype)
+    gain = cast(weight, "float32")
+    return cast(mul(normed, add_scalar(gain, value=offset) if offset else gain), x.dtype)
 
 
 @rms_norm.vjp(takes_acc=(0,))
-def _(dys, ins, outs, needs, acc, *, eps, weight_cast):
-    made = rms_norm_bwd(*ins, outs.saved[0], dys[0], acc[0], needs=needs, eps=eps, weight_cast=weight_cast)
+def _(dys, ins, outs, needs, acc, **attrs):
+    made = rms_norm_bwd(*ins, outs.saved[0], dys[0], acc[0], needs=needs, **attrs)
     made = iter(made if isinstance(made, tuple) else (made,))
     return tuple(next(made) if need else None for need in needs)
 
@@ -65,8 +69,9 @@ def rms_norm_bwd(
     needs: tuple[bool, bool],
     eps: float,
     weight_cast: str,
+    offset: float,
 ) -> tuple[Spec, ...]:
-    """dx = rstd (g - x rstd^2 mean(g x)) + acc,  g = dy * weight;  dw = sum over rows of dy * x * rstd
+    """dx = rstd (g - x rstd^2 mean(g x)) + acc,  g = dy * (offset + weight);  dw = sum over rows of dy * x * rstd
 
     Gives the gradients that `needs` names, in the inputs' order; `acc` is the cotangent that already waits at x.
     """
@@ -76,11 +81,72 @@ def rms_norm_bwd(
 backward_by_decomposition(
     rms_norm_bwd,
     rms_norm,
-    lambda x, weight, rstd, dy, acc, *, needs, eps, weight_cast: (
+    lambda x, weight, rstd, dy, acc, *, needs, **attrs: (
         (x, weight),
-        {"eps": eps, "weight_cast": weight_cast},
+        attrs,
         (dy,),
         needs,
         (acc, None),
     ),
+)
+
+
+@op(saves=("mean", "rstd"), cost=lambda node: 6 * node.inputs[0].numel)
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float, composed: bool = False
+) -> tuple[Spec, Spec, Spec]:
+    """y = (x - mean) * rstd * weight + bias,  rstd = (mean((x - mean)^2, -1) + eps)^(-1/2)
+
+    x [..., D], weight and bias [D] -> y [..., D]. Runs in float32 and rounds once. transformers computes it in one call
+    of torch, or, where it is `composed` (Cohere), in single ones: they differ in rounding alone. Saves mean and
+    rstd [...], float32.
+    """
+    require(weight.shape == x.shape[-1:], f"layer_norm: weight {weight.shape} for x {x.shape}")
+    require(not composed or bias is None, "layer_norm: the composed form has no bias")
+    return x.like(), Spec(x.shape[:-1], "float32"), Spec(x.shape[:-1], "float32")
+
+
+@layer_norm.decompose
+def _(x, weight, bias, *, eps, composed):
+    wide = cast(x, "float32")
+    mean = mean_last(wide)
+    variance = mean_last(square(sub(wide, mean)))
+    normed = mul(sub(wide, mean), rsqrt(add_scalar(variance, value=eps)))
+    y = mul(cast(weight, "float32"), normed)
+    if bias is not None:
+        y = add(y, cast(bias, "float32"))
+    return cast(y, x.dtype)
+
+
+@layer_norm.vjp
+def _(dys, ins, outs, needs, acc, **attrs):
+    made = layer_norm_bwd(*ins, *outs.saved, dys[0], needs=needs, **attrs)
+    made = iter(made if isinstance(made, tuple) else (made,))
+    return tuple(next(made) if need else None for need in needs)
+
+
+@op(cost=lambda node: 12 * node.inputs[0].numel)
+def layer_norm_bwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dy: Tensor,
+    *,
+    needs: tuple[bool, bool, bool],
+    eps: float,
+    composed: bool,
+) -> tuple[Spec, ...]:
+    """dx = rstd (g - mean(g) - n mean(g n)),  g = dy * weight,  n = (x - mean) rstd;  dw = sum dy n;  db = sum dy
+
+    Gives the gradients that `needs` names, in the inputs' order.
+    """
+    return tuple(t.like() for t, need in zip((x, weight, bias), needs, strict=True) if need and t is not None)
+
+
+backward_by_decomposition(
+    layer_norm_bwd,
+    layer_norm,
+    lambda x, weight, bias, mean, rstd, dy, *, needs, **attrs: ((x, weight, bias), attrs, (dy,), needs, (None,) * 3),
 )

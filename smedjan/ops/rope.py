@@ -1,82 +1,157 @@
-"""Rotary position embedding (Su et al. 2021, eq. 34) in Hugging Face's half-split layout."""
+"""Rotary position embedding (Su et al. 2021, eq. 34): the tables of every scaling, and the rotation."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from math import log, sqrt
 
 from smedjan.graph.op import op, require
 from smedjan.graph.rewrite import backward_by_decomposition
 from smedjan.graph.tensor import Spec, Tensor
-from smedjan.ops.elementwise import add, mul
+from smedjan.ops.elementwise import add, cast, mul
+from smedjan.ops.shape import concat, slice_last
+
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary positions: angle(p, i) = p * f_i, f_i = rope_theta^(-2i / D), D = partial_rotary_factor * head_dim.
+
+    rope_type scales the frequencies (transformers' modeling_rope_utils, whose names these are):
+    - linear: f_i / factor.
+    - dynamic (NTK): past max_position_embeddings = M, rope_theta (factor n / M - (factor - 1))^(D / (D - 2)) for n
+      tokens.
+    - llama3: f_i / factor for wavelengths 2 pi / f_i above original / low_freq_factor, f_i below original /
+      high_freq_factor, interpolated between.
+    - yarn (Peng et al. 2023, section 3.2): between f_i / factor and f_i by a ramp over i, whose ends turn beta_slow and
+      beta_fast times within the original length.
+    - longrope (Ding et al. 2024): f_i / long_factor_i for more tokens than the original length, f_i / short_factor_i
+      for up to that many.
+
+    cos and sin are multiplied by `attention_scaling`. Fields that the type does not use are None.
+    """
+
+    rope_type: str = "default"
+    rope_theta: float = 10000.0
+    partial_rotary_factor: float = 1.0
+    factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """The first dims of a head, which are rotated."""
+        return int(head_dim * self.partial_rotary_factor)
+
+    @property
+    def attention_scaling(self) -> float:
+        """What cos and sin are multiplied by."""
+        if self.rope_type not in ("yarn", "longrope"):
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        assert self.factor is not None
+        if self.rope_type == "longrope":
+            assert self.original_max_position_embeddings is not None
+            if self.factor <= 1.0:
+                return 1.0
+            return sqrt(1 + log(self.factor) / log(self.original_max_position_embeddings))
+        if self.mscale and self.mscale_all_dim:
+            return _mscale(self.factor, self.mscale) / _mscale(self.factor, self.mscale_all_dim)
+        return _mscale(self.factor, 1.0)
+
+
+def _mscale(scale: float, mscale: float) -> float:
+    return 1.0 if scale <= 1 else 0.1 * mscale * log(scale) + 1.0
 
 
 @op(cost=lambda node: 40 * node.outputs[0].numel)
 def rope_tables(
-    position_ids: Tensor,
-    *,
-    head_dim: int,
-    theta: float,
-    dtype: str,
-    rope_type: str = "default",
-    factor: float = 1.0,
-    low_freq_factor: float = 1.0,
-    high_freq_factor: float = 1.0,
-    original_max_position_embeddings: int = 0,
+    position_ids: Tensor, *, rope: RopeConfig, head_dim: int, dtype: str, interleaved: bool = False
 ) -> tuple[Spec, Spec]:
-    """cos(p f), sin(p f) with f_i = theta^(-2 i / head_dim), each half repeated.
+    """cos(p f), sin(p f) times rope.attention_scaling, D = rope.rotary_dim(head_dim) wide
 
-    position_ids [B, T] -> cos, sin [B, 1, T, head_dim]. Angles and functions in float32, rounded to `dtype` once.
-    rope_type "linear" divides every f by `factor`; "llama3" divides the wavelengths above
-    original_max_position_embeddings / low_freq_factor by it and blends below, to original / high_freq_factor.
+    position_ids [B, T] -> cos, sin [B, 1, T, D]. Each frequency stands twice: f_i at i and D/2 + i, or at 2i and 2i + 1
+    where `interleaved`. Angles and functions in float32, rounded to `dtype` once.
     """
-    require(rope_type in ("default", "linear", "llama3"), f"rope_tables: rope_type {rope_type!r}")
+    require(rope.rope_type in ROPE_TYPES, f"rope_tables: rope_type {rope.rope_type!r}")
     batch, seq = position_ids.shape
-    spec = Spec((batch, 1, seq, head_dim), dtype)
+    spec = Spec((batch, 1, seq, rope.rotary_dim(head_dim)), dtype)
     return spec, spec
 
 
 @op
-def rotate_half(x: Tensor) -> Spec:
-    """y = concat(-x2, x1) of the halves x1, x2 of the last dim"""
+def rotate_half(x: Tensor, *, interleaved: bool = False) -> Spec:
+    """y = concat(-x2, x1) of the halves x1, x2 of the last dim; interleaved: y[2i] = -x[2i + 1], y[2i + 1] = x[2i]"""
     require(x.shape[-1] % 2 == 0, f"rotate_half: odd last dim in {x.shape}")
     return x.like()
 
 
 @rotate_half.vjp
-def _(dys, ins, outs, needs, acc):
-    return (rotate_half_bwd(dys[0]),)
+def _(dys, ins, outs, needs, acc, *, interleaved):
+    return (rotate_half_bwd(dys[0], interleaved=interleaved),)
 
 
 @op
-def rotate_half_bwd(dy: Tensor) -> Spec:
-    """dx = concat(dy2, -dy1)"""
+def rotate_half_bwd(dy: Tensor, *, interleaved: bool = False) -> Spec:
+    """dx = concat(dy2, -dy1); interleaved: dx[2i] = dy[2i + 1], dx[2i + 1] = -dy[2i]"""
     return dy.like()
 
 
 @op(cost=lambda node: 3 * node.inputs[0].numel)
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Spec:
-    """y = x * cos + rotate_half(x) * sin       x [B, H, T, D], cos and sin [B or 1, 1, T, D] -> y [B, H, T, D]"""
+def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, upcast: str = "") -> Spec:
+    """y = x * cos + rotate_half(x) * sin over the first D dims of a head, the others as they are
+
+    x [B, H, T, head_dim], cos and sin [B or 1, 1, T, D] -> y [B, H, T, head_dim]. Runs in x's dtype; `upcast` in
+    float32, rounded to x's dtype once: "input" widens x first (Cohere), "terms" each product (OLMo 2), which rounds the
+    two parts of the gradient apart.
+    """
     require(x.ndim == 4 and cos.shape == sin.shape, f"rope: x {x.shape}, cos {cos.shape}, sin {sin.shape}")
-    require(cos.shape[-1] == x.shape[-1] and cos.shape[2] == x.shape[2], f"rope: cos {cos.shape} for x {x.shape}")
+    require(cos.shape[-1] <= x.shape[-1] and cos.shape[2] == x.shape[2], f"rope: cos {cos.shape} for x {x.shape}")
+    require(upcast in ("", "input", "terms"), f"rope: upcast {upcast!r}")
+    require(upcast == "terms" or cos.dtype == x.dtype, f"rope: cos is {cos.dtype}, x is {x.dtype}")
     return x.like()
 
 
 @rope.decompose
-def _(x, cos, sin):
-    return add(mul(x, cos), mul(rotate_half(x), sin))
+def _(x, cos, sin, *, interleaved, upcast):
+    width, dim = x.shape[-1], cos.shape[-1]
+    turned = x if dim == width else slice_last(x, start=0, stop=dim)
+    if upcast == "terms":
+        straight = mul(cast(turned, cos.dtype), cos)
+        across = mul(cast(rotate_half(turned, interleaved=interleaved), sin.dtype), sin)
+    else:
+        wide = cast(turned, "float32") if upcast else turned
+        straight = mul(wide, cast(cos, wide.dtype))
+        across = mul(rotate_half(wide, interleaved=interleaved), cast(sin, wide.dtype))
+    y = add(straight, across)
+    y = cast(y, x.dtype)
+    return y if dim == width else concat(y, slice_last(x, start=dim, stop=width), dim=-1)
 
 
 @rope.vjp
-def _(dys, ins, outs, needs, acc):
-    return (rope_bwd(dys[0], *ins[1:]), None, None)
+def _(dys, ins, outs, needs, acc, **attrs):
+    return (rope_bwd(dys[0], *ins[1:], **attrs), None, None)
 
 
 @op(cost=lambda node: 3 * node.inputs[0].numel)
-def rope_bwd(dy: Tensor, cos: Tensor, sin: Tensor) -> Spec:
-    """dx = dy * cos - rotate_half(dy) * sin: the rotation undone, since both halves of cos and of sin are equal"""
+def rope_bwd(dy: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, upcast: str = "") -> Spec:
+    """dx = dy * cos - rotate_half(dy) * sin: the rotation undone, since the two places of a frequency are equal"""
     return dy.like()
 
 
 backward_by_decomposition(
     rope_bwd,
     rope,
-    lambda dy, cos, sin: ((dy, cos, sin), {}, (dy,), (True, False, False), (None, None, None)),
+    lambda dy, cos, sin, **attrs: ((dy, cos, sin), attrs, (dy,), (True, False, False), (None, None, None)),
 )

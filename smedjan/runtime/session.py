@@ -15,10 +15,10 @@ from smedjan.errors import ShapeError
 from smedjan.graph.grad import grad
 from smedjan.graph.node import Graph
 from smedjan.graph.program import Program
-from smedjan.graph.rewrite import cse, decompose, prune
-from smedjan.models import llama
+from smedjan.graph.rewrite import cse, decompose, distinct_outputs, prune
 from smedjan.models.decoder import Decoder, Form
-from smedjan.models.llama import LlamaConfig
+from smedjan.models.decoder_config import DecoderConfig
+from smedjan.ops.loss import linear_cross_entropy
 from smedjan.ops.optimizer import accumulate as accumulate_op
 from smedjan.passes.lora import DTYPE as ADAPTER_DTYPE
 from smedjan.passes.lora import Lora, adapt
@@ -35,7 +35,7 @@ class Session:
     """`parameters` holds base weights by HF name and adapters by PEFT name: programs read, the update writes them."""
 
     backend: Backend
-    config: LlamaConfig
+    config: DecoderConfig
     parameters: dict[str, Array]
     dtype: str
     attention: str = "sdpa"
@@ -50,7 +50,7 @@ class Session:
 
     def specs(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of every parameter, adapters among them, without a look at the device."""
-        base = llama.parameter_shapes(self.config)
+        base = self.config.parameter_shapes()
         adapters = {} if self.lora is None else self.lora.shapes(base)
         return {name: (shape, self.dtype) for name, shape in base.items()} | {
             name: (shape, ADAPTER_DTYPE) for name, shape in adapters.items()
@@ -66,6 +66,7 @@ class Session:
                 dtype=self.dtype,
                 kind=batch.kind,
                 attention=self.attention,
+                windowed=batch.kind == "causal" and fills_window(self.config, seq),
             ),
             **changes,
         )
@@ -75,13 +76,17 @@ class Session:
         graph = decoder.graph
         if self.lora is not None:
             graph = adapt(graph, self.lora if train else replace(self.lora, dropout=0.0))
-        return decompose(graph, self.backend.rules.has) if self.backend.exact else graph
+        has = self.backend.rules.has
+        if self.backend.exact:
+            return decompose(graph, has)
+        # Its gradient is what it saved in the forward: what no rule saves is taken apart before it is differentiated.
+        return decompose(graph, lambda node: node.op is not linear_cross_entropy or has(node))
 
     def finish(self, graph: Graph) -> Program:
         """`cse` is safe on both kinds: equal pure nodes have equal bits."""
         if not self.backend.exact:
             graph = decompose(graph, self.backend.rules.has)
-        return self.backend.program(cse(prune(graph)))
+        return self.backend.program(distinct_outputs(cse(prune(graph))))
 
     def logits_program(self, form: Form) -> Program:
         key = ("logits", form)
@@ -96,9 +101,9 @@ class Session:
         key = ("micro", form, tuple(wrt), accumulate)
         if key not in self.programs:
             decoder = Decoder(self.config, form, early=self.lora is None or self.lora.dropout == 0)
-            names = {llama.tied(self.config).get(name, name) for name in wrt}
-            head = llama.tied(self.config).get(llama.HEAD, llama.HEAD)
-            grads = ("x" if names - {head} or head == llama.EMBEDDING else "") + ("w" if head in names else "")
+            names = {self.config.tied().get(name, name) for name in wrt}
+            head = self.config.head
+            grads = ("x" if names - {head} or head == self.config.embedding else "") + ("w" if head in names else "")
             decoder.graph.output("loss", decoder.loss(grads))
             graph = self.forward(decoder, train=bool(wrt))
             self._differentiate(graph, wrt, accumulate)
@@ -181,6 +186,11 @@ def bucket_rows(labels: np.ndarray) -> np.ndarray:
     return np.concatenate([trained, spare]).astype(np.int64)
 
 
+def fills_window(config: DecoderConfig, keys: int) -> bool:
+    """Whether so many keys are as many as the sliding window takes: from there on its layers need a mask."""
+    return config.window is not None and keys >= config.window
+
+
 def common_positions(position_ids: np.ndarray) -> np.ndarray:
     """[1, T] where every row counts alike, else the [B, T] given."""
     return position_ids[:1] if (position_ids == position_ids[:1]).all() else position_ids
@@ -194,7 +204,7 @@ class Cache:
         config = session.config
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
         self.arrays: dict[str, Array] = {
-            f"cache.model.layers.{layer}.self_attn.{kind}": session.backend.zeros(shape, session.dtype)
+            f"cache.{layer}.{kind}": session.backend.zeros(shape, session.dtype)
             for layer in range(config.num_hidden_layers)
             for kind in "kv"
         }
@@ -217,6 +227,7 @@ class Cache:
         if position_ids is None:
             position_ids = np.arange(self.length, end)[None]
         positions = common_positions(np.asarray(position_ids, dtype=np.int64))
+        seen = self.length if session.config.window is None else min(self.length, session.config.window - 1)
         form = Form(
             batch=self.batch,
             seq=seq,
@@ -225,6 +236,7 @@ class Cache:
             kind="padded" if padded else "causal",
             attention=session.attention,
             capacity=self.capacity,
+            windowed=not padded and fills_window(session.config, seen + seq),
             rows=self.batch if last and not session.backend.exact else 0,
         )
         inputs = {**session.parameters, **self.arrays}

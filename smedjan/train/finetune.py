@@ -27,7 +27,6 @@ from smedjan.hf.load import ModelFiles, open_model, open_session
 from smedjan.hf.peft import WEIGHTS as ADAPTER_WEIGHTS
 from smedjan.hf.peft import initial_adapter, write_adapter
 from smedjan.hf.tokenizer import load_tokenizer
-from smedjan.models import llama
 from smedjan.optim.adamw import AdamW
 from smedjan.optim.schedule import factor
 from smedjan.passes.lora import Lora
@@ -95,23 +94,30 @@ class Finetune:
         self.backend = select_backend(config.backend)
         self.lora = None
         if config.method == "lora":
+            if self.files.config.conv1d:
+                raise ConfigError(
+                    f"adapters beside the [in, out] weights of {self.files.config.model_type} are not supported",
+                    field="method",
+                    remedy="give --method full",
+                )
             lora = config.lora
             self.lora = Lora(
                 rank=lora.rank,
                 alpha=lora.alpha,
                 dropout=lora.dropout,
-                targets=lora.targets,
+                targets=lora.targets or self.files.config.linear_layers(),
                 layers=self._adapted_layers(lora.last_layers),
             )
             shapes = self.lora.shapes(self._shapes)
-            for module in (llama.EMBEDDING, llama.HEAD):
+            names = self.files.config.names
+            for module in (f"{names.embedding}.weight", f"{names.head}.weight"):
                 if self.lora.matches(module.removesuffix(".weight")):
                     raise ConfigError(
                         f"{module.removesuffix('.weight')!r} takes no adapter",
                         field="lora.targets",
                         remedy="name linear layers of the blocks, such as q_proj",
                     )
-            for target in lora.targets:
+            for target in self.lora.targets:
                 if not any(f".{target}.lora_A" in name for name in shapes):
                     raise ConfigError(
                         f"no module is called {target!r}",

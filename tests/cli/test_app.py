@@ -20,8 +20,10 @@ COMMON = {"--json", "--quiet", "--backend"}
 
 # Names here are fixed: add freely, change only with a deprecation
 FLAGS = {
-    "import": {"--dtype", "--ignore-key"},
-    "parity": {"--attention", "--dtype"},
+    "import": {"--dtype", "--ignore-key", "--max-shard-size"},
+    "export": {"--type", "--ignore-key"},
+    "parity": {"--attention", "--dtype", "--html", "--length"},
+    "families": {"--family", "--markdown"},
     "finetune": {
         *("--config", "--model", "--data", "--eval-data", "--out", "--method", "--resume", "--dry-run", "--seed"),
         *("--dtype", "--train.steps", "--train.epochs", "--train.batch-size", "--train.grad-accum"),

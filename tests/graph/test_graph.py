@@ -14,7 +14,8 @@ from smedjan.graph.node import INPUT, Graph
 from smedjan.graph.printer import line, lines
 from smedjan.graph.program import Program
 from smedjan.graph.rewrite import cse, prune
-from smedjan.ops.elementwise import add, mul, scale, silu, square
+from smedjan.ops.activation import silu
+from smedjan.ops.elementwise import add, mul, scale, square
 from smedjan.ops.linear import linear
 from smedjan.ops.optimizer import accumulate
 from smedjan.ops.random import keep_mask

@@ -123,19 +123,41 @@ def test_keys_that_older_files_lack_have_llama_cpp_s_defaults(
     model = tiny_model()
     drop = ("add_vocab_size", "add_rope_dimension_count", "add_key_length", "add_value_length", "add_rope_freq_base")
     found = open_gguf(write_gguf(tmp_path / "a.gguf", model, drop=drop)).config
-    assert (found.vocab_size, found.head_dim, found.rope.rope_theta) == (300, 16, 10000.0)
+    assert (found["vocab_size"], found["head_dim"], found["rope_theta"]) == (300, 16, 10000.0)
 
 
 def test_a_second_end_of_turn_is_kept(tmp_path: Path, tiny_model: Make, write_gguf: Make) -> None:
     source = write_gguf(tmp_path / "a.gguf", tiny_model(), extra=lambda writer: writer.add_eot_token_id(2))
     found = open_gguf(source)
-    assert found.config.eos_token_id == (0, 2)
+    assert found.config["eos_token_id"] == [0, 2]
     assert found.generation_config["eos_token_id"] == [0, 2]
 
 
 REFUSED = {
     "experts": (lambda w: w.add_expert_count(8), "llama.expert_count", "experts"),
-    "yarn": (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "llama.rope.scaling.type", "supported"),
+    "unknown scaling": (
+        lambda w: w.add_string("llama.rope.scaling.type", "ntk"),
+        "llama.rope.scaling.type",
+        "supported: linear, longrope, none, yarn",
+    ),
+    "scaled attention": (
+        lambda w: w.add_float32("llama.rope.scaling.attn_factor", 1.5),
+        "llama.rope.scaling.attn_factor",
+        "only yarn and longrope",
+    ),
+    "longrope without factors": (
+        lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
+        "rope_factors_short.weight",
+        "longrope needs 8 factors",
+    ),
+    "attention to what follows": (lambda w: w.add_causal_attention(False), "llama.attention.causal", "causal"),
+    "half of yarn": (
+        lambda w: w.add_rope_scaling_yarn_ext_factor(0.5),
+        "llama.rope.scaling.yarn_ext_factor",
+        "whole of yarn",
+    ),
+    "part of a head turned": (lambda w: w.add_rope_dimension_count(8), "llama.rope.dimension_count", "must be equal"),
+    "values of another width": (lambda w: w.add_value_length(8), "llama.attention.value_length", "as wide as keys"),
     "unknown key": (lambda w: w.add_uint32("llama.novelty", 1), "llama.novelty", "--ignore-key llama.novelty"),
     "split": (lambda w: w.add_uint16("split.count", 2), "split.count", "llama-gguf-split"),
     "other divisors": (
@@ -146,7 +168,7 @@ REFUSED = {
     "tensor of another model": (
         lambda w: w.add_tensor("blk.0.ssm_conv1d.weight", np.ones(4, np.float32)),
         "blk.0.ssm_conv1d.weight",
-        "not a plain Llama",
+        "not a plain llama",
     ),
     "layers that differ": (
         lambda w: w.add_array("llama.attention.head_count_kv", [2, 1]),
@@ -161,7 +183,11 @@ def test_what_is_no_plain_llama_is_refused_in_one_line(
     case: str, tmp_path: Path, tiny_model: Make, write_gguf: Make
 ) -> None:
     extra, field, remedy = REFUSED[case]
-    drop = ("add_head_count_kv",) if case == "layers that differ" else ()
+    drop = {
+        "layers that differ": ("add_head_count_kv",),
+        "part of a head turned": ("add_rope_dimension_count",),
+        "values of another width": ("add_value_length",),
+    }.get(case, ())
     source = write_gguf(tmp_path / "a.gguf", tiny_model(), extra=extra, drop=drop)
     with pytest.raises(SmedjanError) as caught:
         import_model(source, tmp_path / "out")

@@ -56,7 +56,7 @@ def test_an_untied_head():
 def test_the_weight_before_the_cast(monkeypatch):
     peer, batch = make_peer(dtype="bfloat16"), make_batch()
     assert _equal(peer, make_session(peer), batch)
-    monkeypatch.setattr(decoder, "rms_norm", lambda x, w, *, eps: rms_norm(x, w, eps=eps, weight_cast="after"))
+    monkeypatch.setattr(decoder, "rms_norm", lambda x, w, **attrs: rms_norm(x, w, **{**attrs, "weight_cast": "after"}))
     assert not _equal(peer, make_session(peer), batch)
 
 
@@ -65,12 +65,13 @@ def test_the_order_of_a_fan_in(monkeypatch):
     peer, batch = make_peer(), make_batch()
     assert _equal(peer, make_session(peer), batch)
 
-    def early(
-        self, x, prefix, cos, sin, mask, window, plain=decoder.Decoder._attention, linear=decoder.Decoder._linear
-    ):
-        made = {f"{prefix}.{name}": linear(self, x, f"{prefix}.{name}") for name in ("v_proj", "q_proj", "k_proj")}
-        monkeypatch.setattr(self, "_linear", lambda y, name: made[name] if name in made else linear(self, y, name))
-        return plain(self, x, prefix, cos, sin, mask, window)
+    def early(self, x, number, plain=decoder.Decoder._heads, role=decoder.Decoder._role):
+        made = {each: role(self, x, number, each) for each in "vqk"}
+        monkeypatch.setattr(self, "_role", lambda y, layer, name: made.get(name) or role(self, y, layer, name))
+        found = plain(self, x, number)
+        monkeypatch.undo()
+        monkeypatch.setattr(decoder.Decoder, "_heads", early)
+        return found
 
-    monkeypatch.setattr(decoder.Decoder, "_attention", early)
+    monkeypatch.setattr(decoder.Decoder, "_heads", early)
     assert not _equal(peer, make_session(peer), batch)

@@ -56,7 +56,14 @@ def assert_same(ours, theirs) -> None:
 
 
 def test_these_are_all_of_them():
-    assert set(BACKWARD_OF) == {"rms_norm_bwd", "rope_bwd", "glu_bwd", "attention_bwd", "lora_linear_bwd"}
+    assert set(BACKWARD_OF) == {
+        "rms_norm_bwd",
+        "layer_norm_bwd",
+        "rope_bwd",
+        "glu_bwd",
+        "attention_bwd",
+        "lora_linear_bwd",
+    }
     assert set(BACKWARD_OF) <= set(OPS)
 
 
@@ -67,7 +74,7 @@ def test_these_are_all_of_them():
 def test_rms_norm_bwd(when, needs, waits, dtype):
     x, w, dy, acc = (normal(*shape).to(dtype) for shape in ((2, 3, 9), (9,), (2, 3, 9), (1, 3, 9)))
     acc = acc.expand(2, 3, 9).contiguous() if waits else None
-    attrs = {"eps": 1e-5, "weight_cast": when}
+    attrs = {"eps": 1e-5, "weight_cast": when, "offset": 1.0 if when == "after" else 0.0}
     rstd = torch.full((2, 3), float("nan"))  # the decomposition recomputes it
     ours = run(rms_norm_bwd, (x, w, rstd, dy, acc), needs=needs, **attrs)
     theirs = list(autograd(rms_norm, (x, w), [n for n in (0, 1) if needs[n]], dy, **attrs))
@@ -112,7 +119,9 @@ def test_attention_bwd(implementation, groups, mask):
     k, v = normal(2, groups, 5, 8), normal(2, groups, 5, 8).flip(2)
     causal = mask == "causal" and implementation == "sdpa"
     seen = None if causal else torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
-    attrs = {"causal": causal, "scale": 0.3, "implementation": implementation}
+    attrs = {"causal": causal, "scale": 0.3, "implementation": implementation, "cap": 0.0, "softmax_dtype": "float32"}
+    if implementation == "eager":
+        attrs["cap"] = 2.0
     y, lse = torch.full_like(q, float("nan")), torch.full((2, 6, 5), float("nan"))
     ours = run(attention_bwd, (dy, q, k, v, seen, y, lse), **attrs)
     assert_same(ours, autograd(attention, (q, k, v, seen), [0, 1, 2], dy, **attrs))

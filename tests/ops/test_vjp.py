@@ -12,15 +12,17 @@ from smedjan.graph.node import Graph
 from smedjan.graph.program import Program
 from smedjan.graph.rewrite import decompose
 from smedjan.graph.tensor import Tensor
+from smedjan.ops import activation as act
 from smedjan.ops import attention as att
 from smedjan.ops import elementwise as ew
 from smedjan.ops.embedding import embedding, take_rows
 from smedjan.ops.glu import glu
-from smedjan.ops.linear import linear, matmul, transpose_last
+from smedjan.ops.linear import conv1d, linear, matmul, transpose_last
 from smedjan.ops.loss import linear_cross_entropy, log_softmax, nll_loss
-from smedjan.ops.norm import mean_last, rms_norm
+from smedjan.ops.norm import layer_norm, mean_last, rms_norm
 from smedjan.ops.random import dropout
 from smedjan.ops.rope import rope, rotate_half
+from smedjan.ops.shape import concat, slice_last, split
 from smedjan.runtime.select import backend
 from tests.conftest import assert_bits
 
@@ -35,6 +37,11 @@ def _attend(**attrs):
     return lambda q, k, v, m=None: att.attention(q, k, v, m, scale=0.3, **attrs)
 
 
+def _pieces(x):
+    first, _unread, last = split(x, sizes=(2, 1, 2), dim=-1)
+    return concat(last, first, dim=0)
+
+
 MASK = torch.ones(2, 1, 5, 5, dtype=torch.bool).tril()
 CASES: dict[str, Case] = {
     "identity": (ew.identity, ((3, 4),)),
@@ -45,7 +52,22 @@ CASES: dict[str, Case] = {
     "add_scalar": (lambda x: ew.add_scalar(x, value=0.5), ((3, 4),)),
     "square": (ew.square, ((3, 4),)),
     "rsqrt": (lambda x: ew.rsqrt(ew.add_scalar(ew.square(x), value=0.5)), ((3, 4),)),
-    "silu": (ew.silu, ((3, 4),)),
+    "sub": (ew.sub, ((3, 4), (3, 1))),
+    "divide": (lambda x: ew.divide(x, divisor=0.3), ((3, 4),)),
+    "power": (lambda x: ew.power(x, exponent=3.0), ((3, 4),)),
+    "silu": (act.silu, ((3, 4),)),
+    "tanh": (act.tanh, ((3, 4),)),
+    "relu": (act.relu, ((3, 4),)),
+    "gelu": (act.gelu, ((3, 4),)),
+    "gelu tanh": (lambda x: act.gelu(x, approximate="tanh"), ((3, 4),)),
+    "gelu_new": (act.gelu_new, ((3, 4),)),
+    "softcap": (lambda x: act.softcap(x, 2.0), ((3, 4),)),
+    "conv1d": (conv1d, ((2, 3, 8), (8, 6), (6,))),
+    "slices": (lambda x: ew.add(slice_last(x, start=0, stop=3), slice_last(x, start=1, stop=4)), ((2, 5),)),
+    "split": (_pieces, ((2, 5),)),
+    "swap_heads": (att.swap_heads, (HEADS,)),
+    "layer_norm": (lambda x, w, b: layer_norm(x, w, b, eps=1e-5), ((2, 3, 8), (8,), (8,))),
+    "layer_norm composed": (lambda x, w: layer_norm(x, w, None, eps=1e-5, composed=True), ((2, 3, 8), (8,))),
     "reshape": (lambda x: ew.reshape(x, shape=(4, 3)), ((3, 4),)),
     "cast": (lambda x: ew.cast(ew.cast(x, "bfloat16"), "float32"), ((3, 4),)),
     "linear": (linear, ((2, 3, 8), (6, 8), (6,))),
@@ -65,6 +87,13 @@ CASES: dict[str, Case] = {
     "rms_norm after": (lambda x, w: rms_norm(x, w, eps=1e-5, weight_cast="after"), ((2, 3, 8), (8,))),
     "glu": (glu, ((3, 8), (3, 8))),
     "rotate_half": (rotate_half, (HEADS,)),
+    "rope interleaved": (
+        lambda x, c, s: rope(x, c, s, interleaved=True),
+        (HEADS, torch.rand(1, 1, 5, 8), torch.rand(1, 1, 5, 8)),
+    ),
+    "rope partial": (rope, (HEADS, torch.rand(1, 1, 5, 4), torch.rand(1, 1, 5, 4))),
+    "eager capped": (_attend(causal=False, implementation="eager", cap=2.0), (HEADS, GROUPS, GROUPS, MASK)),
+    "rms_norm offset": (lambda x, w: rms_norm(x, w, eps=1e-5, weight_cast="after", offset=1.0), ((2, 3, 8), (8,))),
     "rope": (rope, (HEADS, torch.rand(1, 1, 5, 8), torch.rand(1, 1, 5, 8))),
     "embedding": (lambda w, i: embedding(i, w), ((7, 8), torch.tensor([[1, 6, 1], [0, 2, 6]]))),
     "take_rows": (take_rows, ((7, 8), torch.tensor([5, 0, 3]))),

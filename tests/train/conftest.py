@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from smedjan.data.collate import IGNORE, Batch
-from smedjan.hf.peer import widen_norms
+from smedjan.hf.peer_trace import Wide
 from smedjan.train.config import FinetuneConfig
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}"
@@ -100,8 +100,7 @@ class PeerTrainer:
     def __init__(self, directory: Path, dtype: torch.dtype, *, lr: float, clip: float) -> None:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa")
         self.model = model.to(dtype)
-        if dtype == torch.float64:
-            widen_norms(self.model)
+        self.wide = dtype == torch.float64
         self.clip = clip
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=0.0, foreach=False)
 
@@ -114,19 +113,17 @@ class PeerTrainer:
             shifted = torch.from_numpy(batch.labels)
             labels = torch.full_like(shifted, IGNORE)
             labels[:, 1:] = shifted[:, :-1]
-            out = self.model(
-                input_ids=torch.from_numpy(batch.input_ids),
-                attention_mask=None if mask is None or packed else torch.from_numpy(mask),
-                position_ids=torch.from_numpy(batch.position_ids) if packed else None,
-                labels=labels,
-                num_items_in_batch=items,
-                use_cache=False,
-            )
-            loss = out.loss
-            if out.logits.dtype == torch.float64:  # transformers' own loss is computed in float32
-                loss = cross_entropy(out.logits.flatten(0, 1), shifted.flatten(), reduction="sum") / items
-            loss.backward()
-            total += float(loss.detach())
+            with Wide() if self.wide else nullcontext():
+                out = self.model(
+                    input_ids=torch.from_numpy(batch.input_ids),
+                    attention_mask=None if mask is None or packed else torch.from_numpy(mask),
+                    position_ids=torch.from_numpy(batch.position_ids) if packed else None,
+                    labels=labels,
+                    num_items_in_batch=items,
+                    use_cache=False,
+                )
+                out.loss.backward()
+            total += float(out.loss.detach())
         return total
 
     def gradients(self) -> dict[str, torch.Tensor]:

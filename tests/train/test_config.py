@@ -11,7 +11,6 @@ import pytest
 
 from smedjan.errors import ConfigError
 from smedjan.train.config import (
-    LINEAR_LAYERS,
     FinetuneConfig,
     LoraConfig,
     OptimConfig,
@@ -56,7 +55,7 @@ def test_defaults() -> None:
     assert (made.method, made.train.epochs, made.train.steps, made.seed) == ("lora", 1.0, None, 0)
     assert (made.optim.lr, made.learning_rate) == (5e-4, 5e-4)
     assert from_flags(method="full").learning_rate == 5e-5
-    assert made.lora.targets == LINEAR_LAYERS
+    assert made.lora.targets is None
 
 
 def test_every_key_in_a_file_in_both_spellings(tmp_path: Path) -> None:

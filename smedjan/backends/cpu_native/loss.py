@@ -11,22 +11,29 @@ CHUNK_ROWS = 256
 
 
 @RULES.rule("linear_cross_entropy", label="cpu_native fused head")
-def linear_cross_entropy(x, weight, labels, num_items, *, grads):
+def linear_cross_entropy(x, weight, labels, num_items, *, grads, scaling, divisor, cap):
     rows = x.reshape(-1, x.shape[-1])
+    factor = scaling / divisor
     total = torch.zeros((), dtype=torch.float32)
     dx = torch.empty_like(rows) if "x" in grads else rows.new_empty((0,))
     dweight = torch.zeros(weight.shape, dtype=torch.float32) if "w" in grads else None
     for start in range(0, len(rows), CHUNK_ROWS):
         part, target = rows[start : start + CHUNK_ROWS], labels[start : start + CHUNK_ROWS]
         trained = target != -100
-        log_probs = torch.log_softmax((part @ weight.t()).float(), -1)
+        logits = (part @ weight.t()).float()
+        if factor != 1.0:
+            logits.mul_(factor)
+        capped = torch.tanh(logits.div_(cap)) if cap else None
+        log_probs = torch.log_softmax(logits if capped is None else capped * cap, -1)
         index = target.clamp(min=0).unsqueeze(-1)
         total -= log_probs.gather(-1, index).squeeze(-1)[trained].sum()
         if not grads:
             continue
         dlogits = log_probs.exp_()
         dlogits.scatter_add_(-1, index, dlogits.new_full(index.shape, -1.0))
-        dlogits.mul_(trained.unsqueeze(-1) / num_items)
+        dlogits.mul_(trained.unsqueeze(-1) * factor / num_items)
+        if capped is not None:
+            dlogits.mul_(capped.square_().neg_().add_(1.0))
         narrow = dlogits.to(weight.dtype)
         if "x" in grads:
             torch.mm(narrow, weight, out=dx[start : start + CHUNK_ROWS])

@@ -52,7 +52,7 @@ class Build:
     """Module and function under `kernels/`: "norm.rms_norm_fwd"."""
     variant: str
     arguments: Mapping[str, Argument]
-    constants: Mapping[str, int | bool]
+    constants: Mapping[str, int | bool | str]
     """Its tl.constexpr parameters."""
     num_warps: int
     cc: int = 0
@@ -67,7 +67,7 @@ def _pointers(dtype: str | None, names: str) -> dict[str, Argument]:
 
 
 def _case(
-    kernel: str, variant: str, tile: common.Tile, arguments: Mapping[str, Argument], **constants: int | bool
+    kernel: str, variant: str, tile: common.Tile, arguments: Mapping[str, Argument], **constants: int | bool | str
 ) -> Build:
     sizes = {"COLS": tile.cols} | ({"ROWS": tile.rows} if tile.rows > 1 or kernel.startswith(("norm", "rope")) else {})
     return Build(
@@ -112,31 +112,73 @@ def _norm_cases() -> Iterable[Build]:
         yield _case("norm.column_sum", f"{name} 576", common.column_tile(), arguments)
 
 
-def _elementwise_cases() -> Iterable[Build]:
-    for dtype, name, dim, inverse, tokens in (
-        (BF16, "bf16", 64, False, 2048),
-        (BF16, "bf16", 64, True, 2048),
-        (BF16, "bf16", 128, True, 2048),
-        (BF16, "bf16", 128, False, 1),
-        (F32, "f32", 64, False, 2048),
-        (F32, "f32", 128, True, 2048),
+def _layer_norm_cases() -> Iterable[Build]:
+    for dtype, name, width, biased in (
+        (BF16, "bf16", 768, True),
+        (BF16, "bf16", 8192, False),
+        (F32, "f32", 768, True),
+        (F32, "f32", 8192, True),
+    ):
+        arguments = _pointers(dtype, "x weight y") | {"bias": dtype if biased else None} | _pointers(F32, "mean rstd")
+        arguments |= {"x_stride": width, "rows": 1, "width": width, "eps": 1e-5}
+        variant = f"{name} {width}{' bias' if biased else ''}"
+        yield _case("norm.layer_norm_fwd", variant, common.norm_tile(width), arguments)
+    for dtype, name, width, wanted in (
+        (BF16, "bf16", 768, "dx dw db"),
+        (BF16, "bf16", 768, "dx"),
+        (BF16, "bf16", 8192, "dx dw db"),
+        (F32, "f32", 768, "dx dw db"),
+        (F32, "f32", 8192, "dx dw db"),
+    ):
+        arguments = _pointers(dtype, "x weight dy dx") | _pointers(F32, "mean rstd")
+        arguments |= {f"{sum_}_partial": F32 if sum_ in wanted.split() else None for sum_ in ("dw", "db")}
+        arguments |= {"x_stride": width, "dy_stride": width, "rows": 1, "width": width}
+        yield _case("norm.layer_norm_bwd", f"{name} {width} {wanted}", common.norm_bwd_tile(width), arguments)
+
+
+def _rope_cases() -> Iterable[Build]:
+    for dtype, name, dim, width, order, inverse, tokens in (
+        (BF16, "bf16", 64, 64, "halves", False, 2048),
+        (BF16, "bf16", 64, 64, "halves", True, 2048),
+        (BF16, "bf16", 128, 128, "halves", True, 2048),
+        (BF16, "bf16", 128, 128, "halves", False, 1),
+        (F32, "f32", 64, 64, "halves", False, 2048),
+        (F32, "f32", 128, 128, "halves", True, 2048),
+        (BF16, "bf16", 96, 128, "halves", False, 2048),
+        (BF16, "bf16", 128, 128, "pairs", False, 2048),
+        (BF16, "bf16", 64, 128, "pairs", True, 2048),
+        (F32, "f32", 128, 128, "pairs", False, 2048),
     ):
         arguments = _pointers(dtype, "x cos sin y")
         for tensor in "xy":
-            arguments |= {f"{tensor}_batch": tokens * 32 * dim, f"{tensor}_head": dim, f"{tensor}_token": 32 * dim}
+            arguments |= {f"{tensor}_batch": tokens * 32 * width, f"{tensor}_head": width}
+            arguments |= {f"{tensor}_token": 32 * width}
         arguments |= {"cos_batch": 0, "cos_token": dim, "sin_batch": 0, "sin_token": dim}
-        arguments |= {"heads": 32, "tokens": tokens, "half": dim // 2}
+        arguments |= {"heads": 32, "tokens": tokens, "half": dim // 2, "rest": width - dim}
         heads = common.rope_heads(32, tokens)
-        variant = f"{name} {dim} {'inverse' if inverse else 'forward'} {heads} heads"
-        yield _case("rope.rope", variant, common.rope_tile(dim), arguments, INVERSE=inverse, HEADS=heads)
+        part = str(dim) if dim == width else f"{dim} of {width}"
+        variant = f"{name} {part} {order} {'inverse' if inverse else 'forward'} {heads} heads"
+        constants = {"INTERLEAVED": order == "pairs", "INVERSE": inverse, "HEADS": heads}
+        rest = common.next_power_of_2(width - dim) if width > dim else 0
+        yield _case("rope.rope", variant, common.rope_tile(dim), arguments, **constants, REST=rest)
+
+
+def _glu_cases() -> Iterable[Build]:
     for dtype, name in ((BF16, "bf16"), (F32, "f32")):
         arguments = _pointers(dtype, "gate up y")
         arguments |= {"gate_stride": 3072, "up_stride": 3072, "width": 1536, "blocks": 2}
-        yield _case("glu.glu_fwd", f"{name} 1536 of 3072", common.flat_tile(), arguments)
+        yield _case("glu.glu_fwd", f"{name} 1536 of 3072 silu", common.flat_tile(), arguments, ACT="silu")
         for wanted in ("dgate dup", "dgate", "dup") if dtype == BF16 else ("dgate dup",):
             arguments = _pointers(dtype, "gate up dy") | _pointers(None, "dgate dup") | _pointers(dtype, wanted)
             arguments |= {"gate_stride": 1536, "up_stride": 1536, "dy_stride": 1536, "width": 1536, "blocks": 2}
-            yield _case("glu.glu_bwd", f"{name} 1536 {wanted}", common.flat_tile(), arguments)
+            yield _case("glu.glu_bwd", f"{name} 1536 {wanted} silu", common.flat_tile(), arguments, ACT="silu")
+    for act in ("gelu", "gelu_tanh", "relu", "relu2"):
+        arguments = _pointers(BF16, "gate up y")
+        arguments |= {"gate_stride": 1536, "up_stride": 1536, "width": 1536, "blocks": 2}
+        yield _case("glu.glu_fwd", f"bf16 1536 {act}", common.flat_tile(), arguments, ACT=act)
+        arguments = _pointers(BF16, "gate up dy dgate dup")
+        arguments |= {"gate_stride": 1536, "up_stride": 1536, "dy_stride": 1536, "width": 1536, "blocks": 2}
+        yield _case("glu.glu_bwd", f"bf16 1536 dgate dup {act}", common.flat_tile(), arguments, ACT=act)
 
 
 def _loss_cases() -> Iterable[Build]:
@@ -145,14 +187,18 @@ def _loss_cases() -> Iterable[Build]:
         (BF16, "bf16", "backward"),
         (BF16, "bf16", "forward backward"),
         (F32, "f32", "forward backward"),
+        (BF16, "bf16", "forward backward capped"),
+        (F32, "f32", "forward backward capped"),
     ):
-        forward, backward = "forward" in passes, "backward" in passes
+        forward, backward, capped = ("forward" in passes, "backward" in passes, "capped" in passes)
         arguments = _pointers(dtype, "logits") | {"labels": I64, "loss": F32 if forward else None}
         arguments |= {"lse": None if forward and backward else F32, "scale": F32 if backward else None, "factor": 1.0}
+        arguments |= {"gain": 1.0, "cap": 0.0}
         arguments |= {"stride": 49152, "vocab": 49152, "ignore_index": -100}
         tile = common.vocab_tile(49152)
         variant = f"{name} 49152 {passes}"
-        yield _case("loss.cross_entropy", variant, tile, arguments, FORWARD=forward, BACKWARD=backward)
+        constants = {"CAPPED": capped, "FORWARD": forward, "BACKWARD": backward}
+        yield _case("loss.cross_entropy", variant, tile, arguments, **constants)
 
 
 def _optimizer_cases() -> Iterable[Build]:
@@ -177,7 +223,14 @@ def matrix(capabilities: Iterable[int] = CAPABILITIES) -> list[Build]:
 
     `arguments` are those of a real launch (a test holds the two together), so that what is built is what runs.
     """
-    cases = [*_norm_cases(), *_elementwise_cases(), *_loss_cases(), *_optimizer_cases()]
+    cases = [
+        *_norm_cases(),
+        *_layer_norm_cases(),
+        *_rope_cases(),
+        *_glu_cases(),
+        *_loss_cases(),
+        *_optimizer_cases(),
+    ]
     return [replace(case, cc=cc) for cc in capabilities for case in cases]
 
 
@@ -191,7 +244,7 @@ def build(case: Build) -> CompiledKernel:
         )
     assert set(kernel.arg_names) == case.arguments.keys() | case.constants.keys(), f"{case.key}: {kernel.arg_names}"
     signature: dict[str, str] = {}
-    constants: dict[str, int | bool | None] = dict(case.constants)
+    constants: dict[str, int | bool | str | None] = dict(case.constants)
     attributes: dict[tuple[int, ...], list[list[str | int]]] = {}
     for index, parameter in enumerate(kernel.params):
         value = case.arguments.get(parameter.name)

@@ -21,6 +21,8 @@ def _run(
     lse: Tensor | None,
     scale: Tensor | float | None,
     ignore_index: int,
+    gain: float = 1.0,
+    cap: float = 0.0,
 ) -> None:
     """One launch: forward where there is a `loss` to write, backward in place where there is a `scale`."""
     rows, vocab = logits.shape
@@ -38,10 +40,13 @@ def _run(
         lse,
         scale if isinstance(scale, Tensor) else None,
         scale if isinstance(scale, float) else 1.0,
+        gain,
+        cap,
         logits.stride(0),
         vocab,
         ignore_index,
         COLS=tile.cols,
+        CAPPED=cap != 0.0,
         FORWARD=loss is not None,
         BACKWARD=scale is not None,
         **tile.options,
@@ -86,8 +91,11 @@ def linear_cross_entropy(
     needs: tuple[bool, bool],
     chunk_rows: int | None = None,
     ignore_index: int = IGNORE_INDEX,
+    gain: float = 1.0,
+    cap: float = 0.0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """loss = sum of cross_entropy(x @ weight^T, labels) / num_items, and its gradients, a chunk of rows at a time.
+    """loss = sum of cross_entropy(z, labels) / num_items, z = cap tanh(gain x @ weight^T / cap), and its gradients, a
+    chunk of rows at a time. Without a cap (0), z = gain x @ weight^T.
 
     x [..., D] of R rows, weight [V, D], labels [R] int64, num_items (a float, or a tensor of one element that stays on
     the device) -> loss [] float32, dx [..., D] in x's dtype, dweight [V, D] float32; None where `needs` (dx, dweight)
@@ -128,6 +136,8 @@ def linear_cross_entropy(
             lse=None,
             scale=scale if need_dx or need_dweight else None,
             ignore_index=ignore_index,
+            gain=gain,
+            cap=cap,
         )
         if dx2 is not None:
             torch.mm(logits, weight, out=dx2[chunk])

@@ -1,4 +1,4 @@
-"""rms_norm on Triton: launchers of `kernels/norm.py`. Formulas there.
+"""rms_norm and layer_norm on Triton: launchers of `kernels/norm.py`. Formulas there.
 
 Tensors are [..., D]: the leading dimensions are rows, one stride apart (`as_rows`). No launcher waits for the device.
 """
@@ -131,6 +131,70 @@ def rms_norm_bwd(
     if partial is None:
         partial = _wide_partial(x2, rstd, dy2)
     return dx, _column_sum(partial, weight.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x [..., D], weight, bias [D] -> y [..., D] in x's dtype, mean and rstd [...] float32. D <= MAX_FUSED_WIDTH."""
+    assert weight.shape == x.shape[-1:], f"weight {list(weight.shape)}, x {list(x.shape)}"
+    assert x.shape[-1] <= common.MAX_FUSED_WIDTH, f"rows of {x.shape[-1]}"
+    assert weight.is_contiguous()
+    assert bias is None or (bias.shape == weight.shape and bias.is_contiguous())
+    x2 = as_rows(x)
+    rows, width = x2.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    if x.numel() == 0:
+        return y, mean, rstd
+    tile = common.norm_tile(width)
+    kernels.layer_norm_fwd[(common.cdiv(rows, tile.rows),)](
+        x2, weight, bias, y, mean, rstd, x2.stride(0), rows, width, eps, ROWS=tile.rows, COLS=tile.cols, **tile.options
+    )
+    return y, mean, rstd
+
+
+def layer_norm_bwd(
+    x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dy: Tensor, *, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """x, dy [..., D], weight [D], mean, rstd [...] -> dx [..., D] in x's dtype, dw, db [D] in weight's; None if not
+    needed."""
+    assert any(needs), "a backward op that nothing needs"
+    assert dy.shape == x.shape
+    assert mean.shape == rstd.shape == x.shape[:-1]
+    assert mean.is_contiguous()
+    assert rstd.is_contiguous()
+    assert weight.is_contiguous()
+    x2, dy2 = as_rows(x), as_rows(dy)
+    rows, width = x2.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
+    if rows == 0:
+        none = torch.zeros_like(weight)
+        return dx, none if needs[1] else None, none.clone() if needs[2] else None
+    tile = common.norm_bwd_tile(width)
+    # Without dw and db no program needs to live longer than its tile.
+    programs = common.row_programs(rows, tile) if any(needs[1:]) else common.cdiv(rows, tile.rows)
+    dw, db = (
+        torch.empty(programs, width, dtype=torch.float32, device=x.device) if need else None for need in needs[1:]
+    )
+    kernels.layer_norm_bwd[(programs,)](
+        x2,
+        weight,
+        mean,
+        rstd,
+        dy2,
+        dx,
+        dw,
+        db,
+        x2.stride(0),
+        dy2.stride(0),
+        rows,
+        width,
+        ROWS=tile.rows,
+        COLS=tile.cols,
+        **tile.options,
+    )
+    dweight, dbias = (None if partial is None else _column_sum(partial, weight.dtype) for partial in (dw, db))
+    return dx, dweight, dbias
 
 
 def _wide_partial(x: Tensor, rstd: Tensor, dy: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from smedjan.backends.cpu_native import attention as cpu_attention
 from smedjan.backends.cuda_triton import glu, loss, norm, optimizer, rope
+from smedjan.backends.cuda_triton.kernels import common
 from smedjan.backends.torch_reference.table import RULES as ATEN
 from smedjan.graph.lowering import RuleTable
 
@@ -13,14 +14,34 @@ RULES = RuleTable("cuda_triton", parent=ATEN)
 
 
 @RULES.rule("rms_norm", label="triton rms_norm")
-def rms_norm(x, weight, *, eps, weight_cast):
-    return norm.rms_norm(x, weight, eps=eps, weight_cast=weight_cast)
+def rms_norm(x, weight, *, eps, weight_cast, offset):
+    return norm.rms_norm(_rows(x), weight, eps=eps, weight_cast=weight_cast, offset=offset)
 
 
 @RULES.rule("rms_norm_bwd", label="triton rms_norm_bwd")
-def rms_norm_bwd(x, weight, rstd, dy, acc, *, needs, eps, weight_cast):
-    made = norm.rms_norm_bwd(x, weight, rstd, dy.contiguous(), acc, needs=needs, eps=eps, weight_cast=weight_cast)
-    return _needed(made, needs)
+def rms_norm_bwd(x, weight, rstd, dy, acc, *, needs, **attrs):
+    waiting = None if acc is None else _rows(acc)
+    return _needed(norm.rms_norm_bwd(_rows(x), weight, rstd, dy.contiguous(), waiting, needs=needs, **attrs), needs)
+
+
+def _rows(x):
+    """x as the kernel reads it: heads that were moved to the front are copied back into rows."""
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _narrow_enough(node):
+    """Both sums over rows and a whole row stay in registers; wider ones are aten's."""
+    return node.inputs[1].shape[0] <= common.MAX_FUSED_WIDTH
+
+
+@RULES.rule("layer_norm", label="triton layer_norm", supports=_narrow_enough)
+def layer_norm_forward(x, weight, bias, *, eps, composed):
+    return norm.layer_norm(_rows(x), weight, bias, eps=eps)
+
+
+@RULES.rule("layer_norm_bwd", label="triton layer_norm_bwd", supports=_narrow_enough)
+def layer_norm_backward(x, weight, bias, mean, rstd, dy, *, needs, eps, composed):
+    return _needed(norm.layer_norm_bwd(_rows(x), weight, mean, rstd, dy.contiguous(), needs=needs), needs)
 
 
 def _needed(made, needs):
@@ -32,14 +53,25 @@ def _tables(cos, sin):
     return cos.squeeze(1), sin.squeeze(1)
 
 
+def _heads(x):
+    """The kernel reads a head's values one after the other."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@RULES.rule("rope_tables", label="aten, frequencies kept on the device")
+def rope_tables(position_ids, **attrs):
+    return rope.rope_tables(position_ids, **attrs)
+
+
 @RULES.rule("rope", label="triton rope")
-def rope_forward(x, cos, sin):
-    return rope.rope(x, *_tables(cos, sin))
+def rope_forward(x, cos, sin, *, interleaved, upcast):
+    """In float32 whatever `upcast` says: it names roundings that only an exact backend reproduces."""
+    return rope.rope(_heads(x), *_tables(cos, sin), interleaved=interleaved)
 
 
 @RULES.rule("rope_bwd", label="triton rope")
-def rope_backward(dy, cos, sin):
-    return rope.rope(dy if dy.stride(-1) == 1 else dy.contiguous(), *_tables(cos, sin), inverse=True)
+def rope_backward(dy, cos, sin, *, interleaved, upcast):
+    return rope.rope(_heads(dy), *_tables(cos, sin), interleaved=interleaved, inverse=True)
 
 
 @RULES.rule("glu", label="triton glu")
@@ -53,9 +85,11 @@ def glu_backward(gate, up, dy, *, needs, act):
 
 
 @RULES.rule("linear_cross_entropy", label="triton cross_entropy + aten mm")
-def linear_cross_entropy(x, weight, labels, num_items, *, grads):
+def linear_cross_entropy(x, weight, labels, num_items, *, grads, scaling, divisor, cap):
     needs = ("x" in grads, "w" in grads)
-    total, dx, dweight = loss.linear_cross_entropy(x, weight, labels, num_items, needs=needs)
+    total, dx, dweight = loss.linear_cross_entropy(
+        x, weight, labels, num_items, needs=needs, gain=scaling / divisor, cap=cap
+    )
     none = weight.new_empty((0,))
     return total, none if dx is None else dx, none if dweight is None else dweight.to(weight.dtype)
 
@@ -84,7 +118,7 @@ def adamw_update(param, grad, exp_avg, exp_avg_sq, lr, step, grad_scale, *, beta
     return param, exp_avg, exp_avg_sq
 
 
-def attention(q, k, v, mask, *, causal, scale, implementation):
+def attention(q, k, v, mask, *, causal, scale, implementation, cap, softmax_dtype):
     """On CUDA, aten's efficient attention, which takes a mask and gives lse; key/value heads repeated."""
     k, v = _per_query_head(q, k), _per_query_head(q, v)
     y, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -93,7 +127,7 @@ def attention(q, k, v, mask, *, causal, scale, implementation):
     return y, lse[..., : q.shape[2]]
 
 
-def attention_bwd(dy, q, k, v, mask, y, lse, *, causal, scale, implementation):
+def attention_bwd(dy, q, k, v, mask, y, lse, *, causal, scale, implementation, cap, softmax_dtype):
     """On CUDA, aten's backward wants its own padded lse and random state: the forward runs again under autograd."""
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
@@ -113,16 +147,25 @@ def _per_query_head(q, kv):
     return kv if times == 1 else kv.repeat_interleave(times, dim=1)
 
 
+BIAS_ALIGNMENT = 8
+"""Elements: what the strides of aten's efficient attention's bias must be multiples of."""
+
+
 def _bias(mask, q):
+    """0 and -inf, [B, H, T, S], its rows apart as that kernel wants them."""
     if mask is None:
         return None
-    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask.logical_not(), float("-inf"))
-    return bias.expand(q.shape[0], q.shape[1], *bias.shape[2:])
+    keys = mask.shape[-1]
+    bias = q.new_zeros(*mask.shape[:-1], common.cdiv(keys, BIAS_ALIGNMENT) * BIAS_ALIGNMENT)[..., :keys]
+    return bias.masked_fill_(mask.logical_not(), float("-inf")).expand(q.shape[0], q.shape[1], *mask.shape[2:])
 
 
 if torch.cuda.is_available():
-    RULES.rule("attention", label="aten efficient attention")(attention)
-    RULES.rule("attention_bwd", label="aten attention, recomputed under autograd")(attention_bwd)
+    RULES.rule("attention", label="aten efficient attention", supports=cpu_attention.uncapped)(attention)
+    RULES.rule("attention_bwd", label="aten attention, recomputed under autograd", supports=cpu_attention.uncapped)(
+        attention_bwd
+    )
 else:  # Triton's interpreter, on the CPU
-    RULES.rule("attention", label=cpu_attention.LABEL)(cpu_attention.attention)
-    RULES.rule("attention_bwd", label=cpu_attention.LABEL)(cpu_attention.attention_bwd)
+    uncapped = cpu_attention.uncapped
+    RULES.rule("attention", label=cpu_attention.LABEL, supports=uncapped)(cpu_attention.attention)
+    RULES.rule("attention_bwd", label=cpu_attention.LABEL, supports=uncapped)(cpu_attention.attention_bwd)

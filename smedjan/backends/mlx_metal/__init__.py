@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from smedjan.backends.base import Backend
 from smedjan.backends.mlx_metal import (  # noqa: F401  (each fills RULES)
+    activation,
     attention,
     cache,
     elementwise,
@@ -22,6 +23,9 @@ from smedjan.backends.mlx_metal import (  # noqa: F401  (each fills RULES)
     optimizer,
     random,
     rope,
+)
+from smedjan.backends.mlx_metal import (
+    shape as shape_rules,  # noqa: F401
 )
 from smedjan.backends.mlx_metal.cache import HOST_INPUTS
 from smedjan.backends.mlx_metal.elementwise import DTYPES, NAMES

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from smedjan.backends.mlx_metal.elementwise import DTYPES, wide
 from smedjan.backends.mlx_metal.table import RULES
+from smedjan.graph.node import Node
 
 TILE_SCORES = 1 << 26
 """Scores of one query tile alive at once: 256 MiB in float32."""
@@ -37,6 +38,11 @@ def merge_heads_bwd(dy: mx.array, *, heads: int) -> mx.array:
     return split_heads(dy, heads=heads)
 
 
+@RULES.rule("swap_heads")
+def swap_heads(x: mx.array) -> mx.array:
+    return x.swapaxes(1, 2)
+
+
 @RULES.rule("repeat_kv")
 def repeat_kv(x: mx.array, *, times: int) -> mx.array:
     return mx.repeat(x, times, axis=1)
@@ -53,27 +59,32 @@ def contiguous(x: mx.array) -> mx.array:
     return mx.contiguous(x)
 
 
-def _lower_triangle(queries: int, keys: int) -> mx.array:
-    """[T, S]: key j <= i + S - T"""
-    return mx.arange(keys)[None] <= mx.arange(queries)[:, None] + (keys - queries)
+def _lower_triangle(queries: int, keys: int, window: int = 0) -> mx.array:
+    """[T, S]: key j <= i + S - T, and the nearest `window` of them where there is one"""
+    place, key = mx.arange(queries)[:, None] + (keys - queries), mx.arange(keys)[None]
+    seen = key <= place
+    return mx.logical_and(seen, key > place - window) if window else seen
 
 
 @RULES.rule("causal_mask")
-def causal_mask(like: mx.array, *, keys: int) -> mx.array:
-    return _lower_triangle(like.shape[1], like.shape[1])[None, None]
+def causal_mask(like: mx.array, *, keys: int, window: int) -> mx.array:
+    seq = like.shape[1]
+    return _lower_triangle(seq, window if window and seq == 1 else seq, window)[None, None]
 
 
 @RULES.rule("padding_mask")
-def padding_mask(attention_mask: mx.array, *, queries: int) -> mx.array:
-    causal = _lower_triangle(queries, attention_mask.shape[1])
+def padding_mask(attention_mask: mx.array, *, queries: int, window: int) -> mx.array:
+    if window:
+        attention_mask = attention_mask[:, max(0, attention_mask.shape[1] - queries - window + 1) :]
+    causal = _lower_triangle(queries, attention_mask.shape[1], window)
     return mx.logical_and(causal[None, None], attention_mask.astype(mx.bool_)[:, None, None, :])
 
 
 @RULES.rule("document_mask")
-def document_mask(segment_ids: mx.array) -> mx.array:
+def document_mask(segment_ids: mx.array, *, window: int) -> mx.array:
     seq = segment_ids.shape[1]
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    return mx.logical_and(_lower_triangle(seq, seq)[None], same)[:, None]
+    return mx.logical_and(_lower_triangle(seq, seq, window)[None], same)[:, None]
 
 
 @RULES.rule("mask_to_bias")
@@ -186,7 +197,12 @@ def sdpa_bwd(
     return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-@RULES.rule("attention", label="mx.fast.scaled_dot_product_attention, lse recomputed")
+def _uncapped(node: Node) -> bool:
+    """MLX's fused attention caps no scores: with a softcap, attention runs decomposed."""
+    return not node.attrs["cap"]
+
+
+@RULES.rule("attention", label="mx.fast.scaled_dot_product_attention, lse recomputed", supports=_uncapped)
 def attention(
     q: mx.array,
     k: mx.array,
@@ -196,12 +212,14 @@ def attention(
     causal: bool,
     scale: float,
     implementation: str,
+    cap: float,
+    softmax_dtype: str,
 ) -> tuple[mx.array, None]:
-    """`implementation` names rounding points of transformers, which only an exact backend reproduces."""
+    """`implementation` and `softmax_dtype` name roundings of transformers, which only an exact backend reproduces."""
     return sdpa(q, k, v, mask, causal=causal, scale=scale)
 
 
-@RULES.rule("attention_bwd", label="mlx, query tiles, softmax recomputed")
+@RULES.rule("attention_bwd", label="mlx, query tiles, softmax recomputed", supports=_uncapped)
 def attention_bwd(
     dy: mx.array,
     q: mx.array,
@@ -214,5 +232,7 @@ def attention_bwd(
     causal: bool,
     scale: float,
     implementation: str,
+    cap: float,
+    softmax_dtype: str,
 ) -> tuple[mx.array, mx.array, mx.array]:
     return sdpa_bwd(dy, q, k, v, mask, y, lse, causal=causal, scale=scale)

@@ -17,5 +17,5 @@ def kv_write(cache: mx.array, kv: mx.array, start: int) -> mx.array:
 
 
 @RULES.rule("kv_read")
-def kv_read(cache: mx.array, end: int) -> mx.array:
-    return cache[:, :, :end]
+def kv_read(cache: mx.array, end: int, *, seq: int, window: int) -> mx.array:
+    return cache[:, :, max(0, end - seq - window + 1) if window else 0 : end]

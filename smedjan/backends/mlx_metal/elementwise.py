@@ -36,6 +36,7 @@ def ones(*, dtype: str) -> mx.array:
     return mx.ones((), dtype=DTYPES[dtype])
 
 
+@RULES.rule("copy")
 @RULES.rule("identity")
 def identity(x: mx.array) -> mx.array:
     return x
@@ -60,6 +61,11 @@ def add(a: mx.array, b: mx.array) -> mx.array:
     return a + b
 
 
+@RULES.rule("sub")
+def sub(a: mx.array, b: mx.array) -> mx.array:
+    return a - b
+
+
 @RULES.rule("mul")
 def mul(a: mx.array, b: mx.array) -> mx.array:
     return a * b
@@ -68,6 +74,16 @@ def mul(a: mx.array, b: mx.array) -> mx.array:
 @RULES.rule("scale")
 def scale(x: mx.array, *, factor: float) -> mx.array:
     return (wide(x) * factor).astype(x.dtype)
+
+
+@RULES.rule("divide")
+def divide(x: mx.array, *, divisor: float) -> mx.array:
+    return (wide(x) / divisor).astype(x.dtype)
+
+
+@RULES.rule("power")
+def power(x: mx.array, *, exponent: float) -> mx.array:
+    return (wide(x) ** exponent).astype(x.dtype)
 
 
 @RULES.rule("scale_by")
@@ -99,23 +115,6 @@ def rsqrt(x: mx.array) -> mx.array:
 def rsqrt_bwd(dy: mx.array, y: mx.array) -> mx.array:
     root = wide(y)
     return (-0.5 * wide(dy) * root * root * root).astype(dy.dtype)
-
-
-@RULES.rule("silu")
-def silu(x: mx.array) -> mx.array:
-    gate = wide(x)
-    return (gate * mx.sigmoid(gate)).astype(x.dtype)
-
-
-def silu_slope(x: mx.array) -> mx.array:
-    """d silu / dx in float32, for a float32 x."""
-    sigmoid = mx.sigmoid(x)
-    return sigmoid * (1 + x * (1 - sigmoid))
-
-
-@RULES.rule("silu_bwd")
-def silu_bwd(dy: mx.array, x: mx.array) -> mx.array:
-    return (wide(dy) * silu_slope(wide(x))).astype(dy.dtype)
 
 
 @RULES.rule("reshape")

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from smedjan.backends.mlx_metal.elementwise import silu, silu_slope, wide
+from smedjan.backends.mlx_metal.activation import CURVES
+from smedjan.backends.mlx_metal.elementwise import wide
 from smedjan.backends.mlx_metal.table import RULES
+
+
+def _act(gate: mx.array, act: str) -> mx.array:
+    return CURVES[act][0](wide(gate)).astype(gate.dtype)
 
 
 @RULES.rule("glu")
 def glu(gate: mx.array, up: mx.array, *, act: str) -> mx.array:
-    assert act == "silu", act
-    return silu(gate) * up
+    return _act(gate, act) * up
 
 
 @RULES.rule("glu_bwd")
 def glu_bwd(
     gate: mx.array, up: mx.array, dy: mx.array, *, needs: tuple[bool, bool], act: str
 ) -> mx.array | tuple[mx.array, ...]:
-    assert act == "silu", act
     made: list[mx.array] = []
     if needs[0]:
-        made.append((wide(dy) * wide(up) * silu_slope(wide(gate))).astype(gate.dtype))
+        made.append((wide(dy) * wide(up) * CURVES[act][1](wide(gate))).astype(gate.dtype))
     if needs[1]:
-        made.append(dy * silu(gate))
+        made.append(dy * _act(gate, act))
     return tuple(made) if len(made) > 1 else made[0]

@@ -33,6 +33,21 @@ def bias_grad(dy: mx.array) -> mx.array:
     return wide(rows(dy)).sum(axis=0).astype(dy.dtype)
 
 
+@RULES.rule("conv1d")
+def conv1d(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+    return mx.addmm(bias, x, weight)
+
+
+@RULES.rule("conv1d_dx")
+def conv1d_dx(dy: mx.array, weight: mx.array) -> mx.array:
+    return dy @ weight.T
+
+
+@RULES.rule("conv1d_dw")
+def conv1d_dw(dy: mx.array, x: mx.array) -> mx.array:
+    return rows(x).T @ rows(dy)
+
+
 @RULES.rule("matmul")
 def matmul(a: mx.array, b: mx.array) -> mx.array:
     return a @ b

@@ -49,10 +49,19 @@ def nll_loss_bwd(dy: mx.array, log_probs: mx.array, labels: mx.array) -> mx.arra
 
 @RULES.rule("linear_cross_entropy", label="mlx, chunked rows")
 def linear_cross_entropy(
-    x: mx.array, weight: mx.array, labels: mx.array, num_items: mx.array, *, grads: str
+    x: mx.array,
+    weight: mx.array,
+    labels: mx.array,
+    num_items: mx.array,
+    *,
+    grads: str,
+    scaling: float,
+    divisor: float,
+    cap: float,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Gradients for a cotangent of one. dweight is summed over chunks in float32 and rounded once."""
     flat, labels, vocab_size = flat_rows(x), labels.astype(mx.int32), weight.shape[0]
+    factor = scaling / divisor
     step = max(1, CHUNK_LOGITS // vocab_size)
     total = mx.zeros((), dtype=mx.float32)
     dx_parts: list[mx.array] = []
@@ -62,13 +71,17 @@ def linear_cross_entropy(
         if start:
             # Without an order, the scheduler may keep several chunks of logits alive.
             part = mx.depends([part], [total, dweight, *dx_parts[-1:]])[0]
-        scores = wide(part @ weight.T)
+        scores = wide(part @ weight.T) * factor
+        slope: float | mx.array = factor
+        if cap:
+            bent = mx.tanh(scores / cap)
+            scores, slope = cap * bent, factor * (1 - mx.square(bent))
         lse = mx.logsumexp(scores, axis=-1)
         total = total + mx.where(targets != IGNORE, lse - _picked(scores, targets), 0.0).sum()
         if not grads:
             continue
         probs = mx.exp(scores - lse[:, None]) - _is_target(targets, vocab_size).astype(mx.float32)
-        dscores = (mx.where((targets != IGNORE)[:, None], probs, 0.0) / num_items).astype(x.dtype)
+        dscores = (mx.where((targets != IGNORE)[:, None], probs, 0.0) * slope / num_items).astype(x.dtype)
         if "x" in grads:
             dx_parts.append(dscores @ weight)
         if "w" in grads:

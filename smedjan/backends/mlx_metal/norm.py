@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation: `mx.fast.rms_norm` where it rounds as declared, one float32 expression backwards."""
+"""Norms: `mx.fast`'s where they round as declared, one float32 expression backwards."""
 
 from __future__ import annotations
 
@@ -23,15 +23,19 @@ def _rstd(x: mx.array, eps: float) -> mx.array:
 
 
 @RULES.rule("rms_norm", label="mx.fast.rms_norm", supports=lambda node: node.attrs["weight_cast"] == "before")
-def rms_norm(x: mx.array, weight: mx.array, *, eps: float, weight_cast: str) -> tuple[mx.array, mx.array]:
+def rms_norm(
+    x: mx.array, weight: mx.array, *, eps: float, weight_cast: str, offset: float
+) -> tuple[mx.array, mx.array]:
     """MLX is lazy: `rstd` is computed only where a backward reads it."""
     return mx.fast.rms_norm(x, weight, eps), _rstd(x, eps)
 
 
 @RULES.rule("rms_norm", supports=lambda node: node.attrs["weight_cast"] == "after")
-def rms_norm_after(x: mx.array, weight: mx.array, *, eps: float, weight_cast: str) -> tuple[mx.array, mx.array]:
+def rms_norm_after(
+    x: mx.array, weight: mx.array, *, eps: float, weight_cast: str, offset: float
+) -> tuple[mx.array, mx.array]:
     rstd = _rstd(x, eps)
-    return (wide(weight) * (wide(x) * rstd[..., None])).astype(x.dtype), rstd
+    return ((offset + wide(weight)) * (wide(x) * rstd[..., None])).astype(x.dtype), rstd
 
 
 @RULES.rule("rms_norm_bwd")
@@ -45,17 +49,59 @@ def rms_norm_bwd(
     needs: tuple[bool, bool],
     eps: float,
     weight_cast: str,
+    offset: float,
 ) -> mx.array | tuple[mx.array, ...]:
     """The waiting cotangent is added before the only rounding."""
     root, cotangent = rstd[..., None], wide(dy)
     normed = wide(x) * root
     made: list[mx.array] = []
     if needs[0]:
-        through = cotangent * wide(weight)
+        through = cotangent * (offset + wide(weight))
         dx = root * (through - normed * (through * normed).mean(axis=-1, keepdims=True))
         made.append((dx if acc is None else dx + wide(acc)).astype(x.dtype))
     if needs[1]:
         if weight_cast == "before":
             normed = wide(normed.astype(x.dtype))
         made.append((cotangent * normed).reshape(-1, x.shape[-1]).sum(axis=0).astype(weight.dtype))
+    return tuple(made) if len(made) > 1 else made[0]
+
+
+def _moments(x: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+    """mean and rstd [...], float32"""
+    mean = wide(x).mean(axis=-1)
+    return mean, mx.rsqrt(mx.square(wide(x) - mean[..., None]).mean(axis=-1) + eps)
+
+
+@RULES.rule("layer_norm", label="mx.fast.layer_norm")
+def layer_norm(
+    x: mx.array, weight: mx.array, bias: mx.array | None, *, eps: float, composed: bool
+) -> tuple[mx.array, mx.array, mx.array]:
+    """MLX is lazy: the moments are computed only where a backward reads them."""
+    return mx.fast.layer_norm(x, weight, bias, eps), *_moments(x, eps)
+
+
+@RULES.rule("layer_norm_bwd")
+def layer_norm_bwd(
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array | None,
+    mean: mx.array,
+    rstd: mx.array,
+    dy: mx.array,
+    *,
+    needs: tuple[bool, bool, bool],
+    eps: float,
+    composed: bool,
+) -> mx.array | tuple[mx.array, ...]:
+    root, cotangent = rstd[..., None], wide(dy)
+    normed = (wide(x) - mean[..., None]) * root
+    made: list[mx.array] = []
+    if needs[0]:
+        through = cotangent * wide(weight)
+        middle = through.mean(axis=-1, keepdims=True) + normed * (through * normed).mean(axis=-1, keepdims=True)
+        made.append((root * (through - middle)).astype(x.dtype))
+    if needs[1]:
+        made.append((cotangent * normed).reshape(-1, x.shape[-1]).sum(axis=0).astype(weight.dtype))
+    if needs[2]:
+        made.append(cotangent.reshape(-1, x.shape[-1]).sum(axis=0).astype(weight.dtype))
     return tuple(made) if len(made) > 1 else made[0]

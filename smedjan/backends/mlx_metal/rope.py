@@ -1,99 +1,154 @@
-"""Rotary tables and the half-split rotation. `mx.fast.rope` takes a base and an offset, not tables: it does not fit."""
+"""Rotary tables and the rotation. `mx.fast.rope` takes a base and an offset, not tables: it does not fit."""
 
 from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable, Iterable
 
 import mlx.core as mx
 
 from smedjan.backends.mlx_metal.elementwise import DTYPES, wide
 from smedjan.backends.mlx_metal.table import RULES
+from smedjan.ops.rope import RopeConfig
 
 
 def _f32(value: float) -> float:
     return struct.unpack("<f", struct.pack("<f", value))[0]
 
 
-def inverse_frequencies(
-    *,
-    head_dim: int,
-    theta: float,
-    rope_type: str,
-    factor: float,
-    low_freq_factor: float,
-    high_freq_factor: float,
-    original: int,
-) -> list[float]:
-    """f_i on the host, rounded to float32 after each operation as transformers does.
+def _rounded(values: Iterable[float]) -> list[float]:
+    return [_f32(value) for value in values]
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int, *, long: bool = False) -> list[float]:
+    """f_i on the host, rounded to float32 after each operation as transformers does. `long`: longrope's other set.
 
     An error of one ulp in f turns the angle at position p by p * 6e-8: it must be transformers' float32 number, not a
     better one.
     """
+    powers = _powers(rope.rope_theta, rope.rotary_dim(head_dim))
+    if rope.rope_type == "longrope":
+        factors = rope.long_factor if long else rope.short_factor
+        assert factors is not None
+        return [_f32(1.0 / _f32(_f32(one) * power)) for one, power in zip(factors, powers, strict=True)]
+    if rope.rope_type == "yarn":
+        return _yarn(rope, rope.rotary_dim(head_dim), powers)
+    plain = _rounded(1.0 / power for power in powers)
+    if rope.rope_type == "linear":
+        assert rope.factor is not None
+        return _rounded(freq / rope.factor for freq in plain)
+    return [_llama3(rope, freq) for freq in plain] if rope.rope_type == "llama3" else plain
+
+
+def _powers(theta: float, dim: int) -> list[float]:
+    """theta^(2 i / D)"""
+    return [_f32(theta ** _f32(index / dim)) for index in range(0, dim, 2)]
+
+
+def _llama3(rope: RopeConfig, freq: float) -> float:
+    factor, low, high = rope.factor, rope.low_freq_factor, rope.high_freq_factor
+    original = rope.original_max_position_embeddings
+    assert factor is not None and low is not None and high is not None and original is not None  # noqa: PT018
+    # torch divides a number by a tensor as a product with the reciprocal.
+    wavelen = _f32(_f32(2 * math.pi) * _f32(1.0 / freq))
+    if wavelen > original / low:
+        return _f32(freq / factor)
+    if wavelen < original / high:
+        return freq
+    smooth = _f32(_f32(_f32(original * _f32(1.0 / wavelen)) - low) / _f32(high - low))
+    return _f32(_f32(_f32(_f32(1 - smooth) * freq) / factor) + _f32(smooth * freq))
+
+
+def _yarn(rope: RopeConfig, dim: int, powers: list[float]) -> list[float]:
+    original, factor = rope.original_max_position_embeddings, rope.factor
+    assert original is not None
+    assert factor is not None
+
+    def place(turns: float) -> float:
+        return (dim * math.log(original / (turns * 2 * math.pi))) / (2 * math.log(rope.rope_theta))
+
+    low, high = place(rope.beta_fast or 32), place(rope.beta_slow or 1)
+    if rope.truncate is None or rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
     made = []
-    for index in range(0, head_dim, 2):
-        freq = _f32(1.0 / _f32(theta ** _f32(index / head_dim)))
-        if rope_type == "linear":
-            freq = _f32(freq / factor)
-        elif rope_type == "llama3":
-            # torch divides a number by a tensor as a product with the reciprocal.
-            wavelen = _f32(_f32(2 * math.pi) * _f32(1.0 / freq))
-            if wavelen > original / low_freq_factor:
-                freq = _f32(freq / factor)
-            elif wavelen >= original / high_freq_factor:
-                smooth = _f32(
-                    _f32(_f32(original * _f32(1.0 / wavelen)) - low_freq_factor)
-                    / _f32(high_freq_factor - low_freq_factor)
-                )
-                freq = _f32(_f32(_f32(_f32(1 - smooth) * freq) / factor) + _f32(smooth * freq))
-        made.append(freq)
+    for index, power in enumerate(powers):
+        ramp = min(max(_f32(_f32(index - _f32(low)) / _f32(high - low)), 0.0), 1.0)
+        kept = _f32(1 - ramp)
+        between = _f32(_f32(1.0 / _f32(factor * power)) * _f32(1 - kept))
+        made.append(_f32(between + _f32(_f32(1.0 / power) * kept)))
     return made
+
+
+def _frequencies(rope: RopeConfig, head_dim: int, position_ids: mx.array) -> mx.array:
+    """[D / 2] float32. Where they hang on how many tokens there are, the device decides: no value is waited for."""
+    fixed = mx.array(inverse_frequencies(rope, head_dim), dtype=mx.float32)
+    tokens = position_ids.max() + 1
+    if rope.rope_type == "longrope":
+        longer = mx.array(inverse_frequencies(rope, head_dim, long=True), dtype=mx.float32)
+        assert rope.original_max_position_embeddings is not None
+        return mx.where(tokens > rope.original_max_position_embeddings, longer, fixed)
+    if rope.rope_type != "dynamic":
+        return fixed
+    dim, most = rope.rotary_dim(head_dim), rope.max_position_embeddings
+    assert rope.factor is not None
+    assert most is not None
+    stretch = rope.factor * wide(mx.maximum(tokens, most)) / most - (rope.factor - 1)
+    theta = rope.rope_theta * stretch ** (dim / (dim - 2))
+    exponents = mx.array(_rounded(index / dim for index in range(0, dim, 2)), dtype=mx.float32)
+    return mx.where(tokens > most, 1.0 / theta**exponents, fixed)
 
 
 @RULES.rule("rope_tables")
 def rope_tables(
-    position_ids: mx.array,
-    *,
-    head_dim: int,
-    theta: float,
-    dtype: str,
-    rope_type: str,
-    factor: float,
-    low_freq_factor: float,
-    high_freq_factor: float,
-    original_max_position_embeddings: int,
+    position_ids: mx.array, *, rope: RopeConfig, head_dim: int, dtype: str, interleaved: bool
 ) -> tuple[mx.array, mx.array]:
-    freqs = inverse_frequencies(
-        head_dim=head_dim,
-        theta=theta,
-        rope_type=rope_type,
-        factor=factor,
-        low_freq_factor=low_freq_factor,
-        high_freq_factor=high_freq_factor,
-        original=original_max_position_embeddings,
-    )
-    half = wide(position_ids)[:, None, :, None] * mx.array(freqs, dtype=mx.float32)
-    angles = mx.concatenate([half, half], axis=-1)
-    return mx.cos(angles).astype(DTYPES[dtype]), mx.sin(angles).astype(DTYPES[dtype])
+    half = wide(position_ids)[:, None, :, None] * _frequencies(rope, head_dim, position_ids)
+    angles = mx.repeat(half, 2, axis=-1) if interleaved else mx.concatenate([half, half], axis=-1)
+    scaling, kind = rope.attention_scaling, DTYPES[dtype]
+    return (mx.cos(angles) * scaling).astype(kind), (mx.sin(angles) * scaling).astype(kind)
+
+
+def _pairs(x: mx.array, interleaved: bool) -> tuple[mx.array, mx.array]:
+    if interleaved:
+        return x[..., ::2], x[..., 1::2]
+    first, second = mx.split(x, 2, axis=-1)
+    return first, second
+
+
+def _joined(first: mx.array, second: mx.array, interleaved: bool) -> mx.array:
+    if interleaved:
+        return mx.stack([first, second], axis=-1).flatten(-2)
+    return mx.concatenate([first, second], axis=-1)
 
 
 @RULES.rule("rotate_half")
-def rotate_half(x: mx.array) -> mx.array:
-    first, second = mx.split(x, 2, axis=-1)
-    return mx.concatenate([-second, first], axis=-1)
+def rotate_half(x: mx.array, *, interleaved: bool) -> mx.array:
+    first, second = _pairs(x, interleaved)
+    return _joined(-second, first, interleaved)
 
 
 @RULES.rule("rotate_half_bwd")
-def rotate_half_bwd(dy: mx.array) -> mx.array:
-    first, second = mx.split(dy, 2, axis=-1)
-    return mx.concatenate([second, -first], axis=-1)
+def rotate_half_bwd(dy: mx.array, *, interleaved: bool) -> mx.array:
+    first, second = _pairs(dy, interleaved)
+    return _joined(second, -first, interleaved)
+
+
+def _turned(x: mx.array, cos: mx.array, sin: mx.array, rotate: Callable[..., mx.array], interleaved: bool) -> mx.array:
+    dim = cos.shape[-1]
+    part = wide(x[..., :dim])
+    y = (part * wide(cos) + rotate(part, interleaved=interleaved) * wide(sin)).astype(x.dtype)
+    return y if dim == x.shape[-1] else mx.concatenate([y, x[..., dim:]], axis=-1)
 
 
 @RULES.rule("rope")
-def rope(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    return (wide(x) * wide(cos) + wide(rotate_half(x)) * wide(sin)).astype(x.dtype)
+def rope(x: mx.array, cos: mx.array, sin: mx.array, *, interleaved: bool, upcast: str) -> mx.array:
+    return _turned(x, cos, sin, rotate_half, interleaved)
 
 
 @RULES.rule("rope_bwd")
-def rope_bwd(dy: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    return (wide(dy) * wide(cos) + wide(rotate_half_bwd(dy)) * wide(sin)).astype(dy.dtype)
+def rope_bwd(dy: mx.array, cos: mx.array, sin: mx.array, *, interleaved: bool, upcast: str) -> mx.array:
+    return _turned(dy, cos, sin, rotate_half_bwd, interleaved)

@@ -9,6 +9,7 @@ import torch
 
 from smedjan.backends.base import Backend
 from smedjan.backends.torch_reference import (  # noqa: F401  (each fills RULES)
+    activation,
     attention,
     cache,
     elementwise,
@@ -19,6 +20,9 @@ from smedjan.backends.torch_reference import (  # noqa: F401  (each fills RULES)
     optimizer,
     random,
     rope,
+)
+from smedjan.backends.torch_reference import (
+    shape as shape_rules,  # noqa: F401
 )
 from smedjan.backends.torch_reference.elementwise import DTYPES, NAMES
 from smedjan.backends.torch_reference.table import RULES

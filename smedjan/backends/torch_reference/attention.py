@@ -31,6 +31,11 @@ def merge_heads_bwd(dy, *, heads):
     return dy.reshape(*dy.shape[:2], heads, -1).transpose(1, 2)
 
 
+@RULES.rule("swap_heads")
+def swap_heads(x):
+    return x.transpose(1, 2)
+
+
 @RULES.rule("repeat_kv")
 def repeat_kv(x, *, times):
     batch, heads, seq, dim = x.shape
@@ -48,23 +53,32 @@ def contiguous(x):
     return x.contiguous()
 
 
+def _visible(queries, keys, window, device):
+    """[T, S]: key j is not behind query i, which stands at place S - T + i, nor `window` or more before it."""
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return visible.triu(keys - queries - window + 1) if window else visible
+
+
 @RULES.rule("causal_mask")
-def causal_mask(like, *, keys):
+def causal_mask(like, *, keys, window):
     seq = like.shape[1]
-    return torch.ones(1, 1, seq, seq, dtype=torch.bool, device=like.device).tril()
+    return _visible(seq, window if window and seq == 1 else seq, window, like.device)[None, None]
 
 
 @RULES.rule("padding_mask")
-def padding_mask(attention_mask, *, queries):
+def padding_mask(attention_mask, *, queries, window):
     batch, keys = attention_mask.shape
-    causal = torch.ones(queries, keys, dtype=torch.bool, device=attention_mask.device).tril(keys - queries)
+    if window:
+        keys = min(keys, queries + window - 1)
+        attention_mask = attention_mask[:, -keys:]
+    causal = _visible(queries, keys, window, attention_mask.device)
     return (causal & attention_mask.to(torch.bool)[:, None, None, :]).expand(batch, 1, queries, keys)
 
 
 @RULES.rule("document_mask")
-def document_mask(segment_ids):
+def document_mask(segment_ids, *, window):
     seq = segment_ids.shape[1]
-    causal = torch.ones(seq, seq, dtype=torch.bool, device=segment_ids.device).tril()
+    causal = _visible(seq, seq, window, segment_ids.device)
     return (causal & (segment_ids[:, :, None] == segment_ids[:, None, :]))[:, None]
 
 

@@ -12,5 +12,5 @@ def kv_write(cache, kv, start):
 
 
 @RULES.rule("kv_read")
-def kv_read(cache, end):
-    return cache[:, :, :end]
+def kv_read(cache, end, *, seq, window):
+    return cache[:, :, max(0, end - seq - window + 1) if window else 0 : end]

@@ -24,13 +24,13 @@ def ones(*, dtype):
 
 
 RULES.rule("identity")(lambda x: x)
+RULES.rule("copy")(torch.clone)
 RULES.rule("add")(torch.add)
+RULES.rule("sub")(torch.sub)
 RULES.rule("mul")(torch.mul)
 RULES.rule("scale_by")(torch.mul)
 RULES.rule("divide_by")(torch.div)
 RULES.rule("rsqrt")(torch.rsqrt)
-RULES.rule("silu")(torch.nn.functional.silu)
-RULES.rule("silu_bwd")(torch.ops.aten.silu_backward.default)
 
 
 @RULES.rule("_cast")
@@ -49,6 +49,16 @@ def sum_to(x, *, shape):
 @RULES.rule("scale")
 def scale(x, *, factor):
     return x * factor
+
+
+@RULES.rule("divide")
+def divide(x, *, divisor):
+    return x / divisor
+
+
+@RULES.rule("power")
+def power(x, *, exponent):
+    return x.pow(exponent)
 
 
 @RULES.rule("add_scalar")

@@ -28,6 +28,21 @@ def bias_grad(dy):
     return rows(dy).sum(0)
 
 
+@RULES.rule("conv1d")
+def conv1d(x, weight, bias):
+    return torch.addmm(bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+
+
+@RULES.rule("conv1d_dx")
+def conv1d_dx(dy, weight):
+    return rows(dy).mm(weight.t()).view(*dy.shape[:-1], -1)
+
+
+@RULES.rule("conv1d_dw")
+def conv1d_dw(dy, x):
+    return rows(x).t().mm(rows(dy))
+
+
 @RULES.rule("matmul")
 def matmul(a, b):
     return torch.matmul(a, b)

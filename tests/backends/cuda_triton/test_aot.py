@@ -25,6 +25,8 @@ KERNELS = {
     "norm.rms_norm_fwd",
     "norm.rms_norm_bwd",
     "norm.rms_norm_dw",
+    "norm.layer_norm_fwd",
+    "norm.layer_norm_bwd",
     "norm.column_sum",
     "rope.rope",
     "glu.glu_fwd",
@@ -83,7 +85,7 @@ def test_every_tensor_is_read_and_written_16_bytes_at_a_time(built):
     for key, found in built.items():
         if key.endswith("sm_90") and not key.startswith("optimizer.root_of_sum"):
             assert found.wide_loads, f"{key} has no 128-bit load"
-    for kernel in ("norm.rms_norm_fwd", "rope.rope", "glu.glu_fwd", "optimizer.adamw"):
+    for kernel in ("norm.rms_norm_fwd", "norm.layer_norm_fwd", "rope.rope", "glu.glu_fwd", "optimizer.adamw"):
         assert all(f.wide_stores for key, f in built.items() if key.startswith(kernel) and key.endswith("sm_90"))
 
 
@@ -174,20 +176,39 @@ def start_everything(device: str) -> None:
             norm.rms_norm(x, weight, eps=1e-5, weight_cast=cast)
         for acc, needs in ((x, (True, True)), (None, (True, True)), (x, (True, False)), (None, (False, True))):
             norm.rms_norm_bwd(x, weight, rstd, x, acc, needs=needs, eps=1e-5)
-    for dim, dtype, tokens in ((64, bf16, 1024), (128, bf16, 1024), (128, bf16, 1), (64, f32, 1024), (128, f32, 1024)):
-        x, table = zeros(1, tokens, 32, dim, dtype=dtype).transpose(1, 2), zeros(1, tokens, dim, dtype=dtype)
+    for width, dtype in ((768, bf16), (8192, bf16), (768, f32), (8192, f32)):
+        x, weight, rstd = zeros(3, width, dtype=dtype), zeros(width, dtype=dtype), zeros(3)
+        for bias in (weight, None):
+            norm.layer_norm(x, weight, bias, eps=1e-5)
+        for needs in ((True, True, True), (True, False, False)):
+            norm.layer_norm_bwd(x, weight, rstd, rstd, x, needs=needs)
+    for dim, width, dtype, tokens in (
+        (64, 64, bf16, 1024),
+        (128, 128, bf16, 1024),
+        (128, 128, bf16, 1),
+        (64, 64, f32, 1024),
+        (128, 128, f32, 1024),
+        (96, 128, bf16, 1024),
+        (64, 128, bf16, 1024),
+    ):
+        x, table = zeros(1, tokens, 32, width, dtype=dtype).transpose(1, 2), zeros(1, tokens, dim, dtype=dtype)
         for inverse in (False, True):
-            rope.rope(x, table, table, inverse=inverse)
+            for interleaved in (False, True):
+                rope.rope(x, table, table, interleaved=interleaved, inverse=inverse)
     for dtype in (f32, bf16):
         stacked = zeros(2, 3072, dtype=dtype)
         glu.glu(stacked[:, :1536], stacked[:, 1536:])
+        for act in ("gelu", "gelu_new", "relu", "relu2"):
+            glu.glu(stacked[:, :1536], stacked[:, 1536:], act=act)
+            glu.glu_bwd(stacked[:, :1536], stacked[:, 1536:], stacked[:, :1536], needs=(True, True), act=act)
         for needs in ((True, True), (True, False), (False, True)):
             glu.glu_bwd(stacked[:, :1536], stacked[:, 1536:], stacked[:, :1536], needs=needs)
         logits, labels = zeros(2, 49152, dtype=dtype), zeros(2, dtype=torch.int64)
         loss.cross_entropy(logits, labels)
         loss.cross_entropy_bwd(logits, labels, zeros(2), zeros(1))
         head = zeros(49152, 16, dtype=dtype)
-        loss.linear_cross_entropy(zeros(2, 16, dtype=dtype), head, labels, zeros(1), needs=(True, False))
+        for cap in (0.0, 30.0):
+            loss.linear_cross_entropy(zeros(2, 16, dtype=dtype), head, labels, zeros(1), needs=(True, False), cap=cap)
         optimizer.global_norm(zeros(32, 32, dtype=dtype))
         for scale in (None, zeros(1)):
             param, master = zeros(32, 32, dtype=dtype), None if dtype == f32 else zeros(32, 32)

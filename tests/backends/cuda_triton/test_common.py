@@ -58,6 +58,28 @@ def test_square_sum_programs(numel):
 
 
 @triton.jit
+def _tanh_all(x, y, COLS: tl.constexpr):
+    col = tl.arange(0, COLS)
+    tl.store(y + col, common.tanh(tl.load(x + col)))
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")
+def test_tanh_is_good_to_an_ulp_or_two(device):
+    """At every scale, where 1 - 2 / (exp(2x) + 1) would have no digits left of a small x."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(65536, generator=generator) * 10.0 ** torch.linspace(-20, 2, 65536)
+    x[:6] = torch.tensor([0.0, 0.625, -0.625, 1e30, float("inf"), -float("inf")])
+    y = torch.zeros(65536, device=device)
+    _tanh_all[(1,)](x.to(device), y, COLS=65536)
+    reference = torch.tanh(x.double())
+    relative = (y.cpu().double() - reference).abs() / reference.abs().clamp(min=1e-300)
+    assert float(relative.max()) <= 4 * 2.0**-24
+    x[0] = float("nan")
+    _tanh_all[(1,)](x.to(device), y, COLS=65536)
+    assert y.isnan().sum() == 1
+
+
+@triton.jit
 def _narrow_all(x, y, COLS: tl.constexpr):
     col = tl.arange(0, COLS)
     tl.store(y + col, common.narrow(tl.load(x + col), y.dtype.element_ty))

@@ -5,21 +5,40 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers.activations import ACT2FN
 
-from smedjan.backends.cuda_triton.glu import glu, glu_bwd
+from smedjan.backends.cuda_triton.glu import CURVES, glu, glu_bwd
+from smedjan.ops.activation import ACTIVATIONS
 from tests.tolerances import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (1, 7), (5, 33), (3, 96), (2, 3, 576), (2, 1536), (1, 4097)]
 
 
-def plain(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.nn.functional.silu(gate) * up
+def plain(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
+    """transformers' own activation, which is torch's formula in gate's dtype."""
+    return ACT2FN[act](gate) * up
 
 
-def gradients(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+def gradients(gate: Tensor, up: Tensor, dy: Tensor, act: str = "silu") -> tuple[Tensor, ...]:
     leaves = [gate.clone().requires_grad_(), up.clone().requires_grad_()]
-    return torch.autograd.grad(plain(*leaves), leaves, dy)
+    return torch.autograd.grad(plain(*leaves, act), leaves, dy)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act", sorted(CURVES.keys() - {"silu"}))
+def test_every_activation_is_within_the_derived_bound(rand, act, dtype):
+    gate, up, dy = (rand(3, 333, dtype=dtype, scale=scale) for scale in (4.0, 1.0, 1.0))
+    assert_close("y", glu(gate, up, act=act), plain(gate.double(), up.double(), act), plain(gate, up, act))
+    got = glu_bwd(gate, up, dy, needs=(True, True), act=act)
+    reference = gradients(gate.double(), up.double(), dy.double(), act)
+    for name, value, true, ours in zip(("dgate", "dup"), got, reference, gradients(gate, up, dy, act), strict=True):
+        assert_close(name, value, true, ours)
+
+
+def test_there_is_a_curve_for_every_activation():
+    assert set(CURVES) == set(ACTIVATIONS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -69,13 +88,14 @@ def test_halves_of_a_stacked_projection(rand, same):
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
-def test_large_gates_saturate_without_nan(rand):
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_pytorch_tanh"])
+def test_large_gates_saturate_without_nan(rand, act):
     gate = torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4], device=rand(1).device)
     one = torch.ones_like(gate)
-    torch.testing.assert_close(glu(gate, one), torch.nn.functional.silu(gate))
-    dgate, dup = glu_bwd(gate, one, one, needs=(True, True))
+    torch.testing.assert_close(glu(gate, one, act=act), ACT2FN[act](gate))
+    dgate, dup = glu_bwd(gate, one, one, needs=(True, True), act=act)
     torch.testing.assert_close(dgate, torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0], device=gate.device))
-    torch.testing.assert_close(dup, torch.nn.functional.silu(gate))
+    torch.testing.assert_close(dup, ACT2FN[act](gate))
 
 
 def test_no_rows(rand):

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy as torch_cross_entropy
 
 from smedjan.backends.cuda_triton.kernels import common
 from smedjan.backends.cuda_triton.loss import cross_entropy, cross_entropy_bwd, linear_cross_entropy
-from tests.tolerances import assert_close
+from tests.tolerances import UNIT_ROUNDOFF, assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 7), (5, 33), (3, 96), (2, 1536), (3, 5003), (2, 8192)]
@@ -110,13 +110,40 @@ def test_a_nan_logit_shows_as_nan(rand, some_labels):
     assert loss.isnan().tolist() == [False, True]
 
 
-def head(x: Tensor, weight: Tensor, labels: Tensor, items: float) -> list[Tensor]:
+def head(
+    x: Tensor, weight: Tensor, labels: Tensor, items: float, shape: Callable[[Tensor], Tensor] = lambda logits: logits
+) -> list[Tensor]:
     """loss, dx, dweight of transformers' head: logits in x's dtype, the loss in float32."""
     leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-    logits = leaves[0] @ leaves[1].T
+    logits = shape(leaves[0] @ leaves[1].T)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     loss = torch_cross_entropy(wide, labels, reduction="sum") / items
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+SHAPING = {"gain": (0.3, 0.0), "cap": (1.0, 5.0), "both": (0.7, 30.0), "tight": (2.0, 0.5)}
+
+
+@pytest.mark.parametrize("chunk", [3, None])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shaping", SHAPING)
+def test_scaled_and_capped_logits(rand, some_labels, shaping, dtype, chunk):
+    """Gemma 2's and Cohere's heads: the gradient goes through the cap. The vocabulary takes two steps of a row."""
+    (gain, cap), vocab = SHAPING[shaping], 4100
+    x, weight, labels = rand(5, 9, dtype=dtype), rand(vocab, 9, dtype=dtype), some_labels(5, vocab, skip=2)
+
+    def shape(logits: Tensor) -> Tensor:
+        return torch.tanh(logits * gain / cap) * cap if cap else logits * gain
+
+    options = {"needs": (True, True), "chunk_rows": chunk, "gain": gain, "cap": cap}
+    got = linear_cross_entropy(x, weight, labels, 4, **options)
+    reference = head(x.double(), weight.double(), labels, 4, shape)
+    plain = head(x, weight, labels, 4, shape)
+    # The loss is of logits rounded to `dtype`, each by u |z|: it inherits at most twice the largest.
+    size = float(shape(x.double() @ weight.double().T).abs().max())
+    scales = (max(float(reference[0]), size * UNIT_ROUNDOFF[dtype] / UNIT_ROUNDOFF[torch.float32]), None, None)
+    for name, value, true, ours, scale in zip(("loss", "dx", "dweight"), got, reference, plain, scales, strict=True):
+        assert_close(name, value, true, ours, scale=scale)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, None])

@@ -1,4 +1,4 @@
-"""rms_norm and its gradients on Triton against float64 torch, and against transformers' Llama and Gemma norms."""
+"""rms_norm, layer_norm and their gradients on Triton against float64 torch and transformers' own norms."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from smedjan.backends.cuda_triton.kernels import common
-from smedjan.backends.cuda_triton.norm import rms_norm, rms_norm_bwd
+from smedjan.backends.cuda_triton.norm import layer_norm, layer_norm_bwd, rms_norm, rms_norm_bwd
 from smedjan.errors import ShapeError
-from tests.tolerances import assert_close
+from tests.tolerances import UNIT_ROUNDOFF, assert_close
 
 EPS = 1e-5
 SHAPES = [(1, 7), (5, 33), (3, 96), (17, 128), (2, 3, 576), (4, 1536), (1, 1)]
@@ -165,3 +165,90 @@ def test_a_row_that_does_not_fit_is_an_error_that_says_so(rand):
     width = common.MAX_WIDTH + 1
     with pytest.raises(ShapeError, match="torch_reference"):
         rms_norm(rand(1, width), rand(width), eps=EPS)
+
+
+def layer_gradients(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    """torch's, with float32 inside whatever the dtype: torch's own bfloat16 keeps its mean in bfloat16."""
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+    wide = [leaf if leaf.dtype == torch.float64 else leaf.float() for leaf in leaves]
+    y = torch.nn.functional.layer_norm(wide[0], weight.shape, wide[1], wide[2], EPS).to(x.dtype)
+    return y.detach(), *torch.autograd.grad(y, leaves, dy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("level", [0.0, 30.0])
+@pytest.mark.parametrize("shape", SHAPES[:-1], ids=str)
+def test_layer_norm_is_within_the_derived_bound(rand, shape, level, dtype):
+    """`level`: of the mean, which a variance of E[x^2] - mean^2 would not survive."""
+    x = (rand(*shape) + level).to(dtype)
+    weight, bias, dy = rand(shape[-1], dtype=dtype), rand(shape[-1], dtype=dtype), rand(*shape, dtype=dtype)
+    y, mean, rstd = layer_norm(x, weight, bias, eps=EPS)
+    assert y.dtype == dtype
+    assert mean.dtype == rstd.dtype == torch.float32
+    assert mean.shape == rstd.shape == shape[:-1]
+    got = (y, *layer_norm_bwd(x, weight, mean, rstd, dy, needs=(True, True, True)))
+    reference = layer_gradients(*wide(x, weight, bias, dy))
+    ours = layer_gradients(x, weight, bias, dy)
+    # n is of x - mean, whose float32 mean is rounded: what a level adds to the error, it adds to torch's as well, of
+    # which a small tensor holds a few draws. dx is a difference of terms of the size of rstd * g.
+    spread = x.double().std(-1, correction=0).min() if shape[-1] > 1 else x.new_ones((), dtype=torch.float64)
+    size = 1.0 + level / float(spread) * UNIT_ROUNDOFF[torch.float32] / UNIT_ROUNDOFF[dtype]
+    term = (rstd[..., None].double() * dy.double() * weight.double()).abs().max()
+    for name, value, true, plain in zip(("y", "dx", "dw", "db"), got, reference, ours, strict=True):
+        largest = max(float(true.abs().max()), float(term) if name == "dx" else 0.0)
+        assert_close(name, value, true, plain, scale=largest * size)
+
+
+def test_layer_norm_without_a_bias_is_transformers_cohere_norm(rand):
+    from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+
+    x, weight = rand(16, 576, dtype=torch.bfloat16), rand(576, dtype=torch.bfloat16)
+    module = CohereLayerNorm(576, EPS).to(x.device, torch.bfloat16)
+    module.weight.data.copy_(weight)
+    y, _, _ = layer_norm(x, weight, None, eps=EPS)
+    assert float((y != module(x)).float().mean()) < 0.002
+
+
+def test_each_gradient_of_layer_norm_alone_has_the_bits_of_all_together(rand, same):
+    x, weight, dy = rand(6, 96), rand(96), rand(6, 96)
+    _, mean, rstd = layer_norm(x, weight, None, eps=EPS)
+    together = layer_norm_bwd(x, weight, mean, rstd, dy, needs=(True, True, True))
+    for place in range(3):
+        needs = tuple(place == other for other in range(3))
+        alone = layer_norm_bwd(x, weight, mean, rstd, dy, needs=needs)
+        same(alone[place], together[place])
+        assert all(value is None for other, value in enumerate(alone) if other != place)
+
+
+def test_every_row_of_a_layer_norm_is_summed_once(rand, monkeypatch):
+    monkeypatch.setattr(common, "MAX_PROGRAMS", 2)
+    x, weight, dy = rand(45, 1030), rand(1030), rand(45, 1030)
+    _, mean, rstd = layer_norm(x, weight, None, eps=EPS)
+    got = layer_norm_bwd(x, weight, mean, rstd, dy, needs=(True, True, True))
+    reference, ours = (layer_gradients(*f(x, weight, torch.zeros_like(weight), dy)) for f in (wide, lambda *t: t))
+    for name, value, true, plain in zip(("dx", "dw", "db"), got, reference[1:], ours[1:], strict=True):
+        assert_close(name, value, true, plain)
+
+
+def test_rows_of_a_layer_norm_may_lie_apart(rand, same):
+    stacked = rand(5, 2 * 33)
+    x, dy, weight, bias = stacked[:, :33], stacked[:, 33:], rand(33), rand(33)
+    made, dense = layer_norm(x, weight, bias, eps=EPS), layer_norm(x.contiguous(), weight, bias, eps=EPS)
+    needs = (True, True, True)
+    back = layer_norm_bwd(x, weight, *made[1:], dy, needs=needs)
+    for ours, other in zip(
+        (*made, *back),
+        (*dense, *layer_norm_bwd(x.contiguous(), weight, *dense[1:], dy.contiguous(), needs=needs)),
+        strict=True,
+    ):
+        same(ours, other)
+
+
+def test_layer_norm_of_no_rows(rand):
+    x, weight = rand(0, 33), rand(33)
+    y, mean, rstd = layer_norm(x, weight, weight, eps=EPS)
+    dx, dw, db = layer_norm_bwd(x, weight, mean, rstd, x, needs=(True, True, True))
+    assert y.shape == dx.shape == (0, 33)
+    assert torch.equal(dw, torch.zeros_like(weight))
+    assert torch.equal(db, dw)
+    assert db.data_ptr() != dw.data_ptr(), "a caller may write to one of them"

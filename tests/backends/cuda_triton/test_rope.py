@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from smedjan.backends.cuda_triton.kernels import common
-from smedjan.backends.cuda_triton.rope import rope
+from smedjan.backends.cuda_triton.rope import rope, rope_tables
+from smedjan.backends.torch_reference.rope import rope_tables as exact_tables
+from smedjan.ops.rope import RopeConfig
 from tests.tolerances import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -57,6 +59,49 @@ def test_within_the_derived_bound_in_every_layout(rand, device, shape, dtype, la
     assert_close("y", y, reference, plain(x, cos, sign * sin))
 
 
+def pairs(x: Tensor) -> Tensor:
+    """Cohere's order of a head's dims from the half-split one: places i and D/2 + i stand at 2i and 2i + 1."""
+    return torch.stack(x.chunk(2, dim=-1), dim=-1).flatten(-2)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "dim"), [((2, 3, 7, 14), 6), ((1, 2, 33, 96), 64), ((2, 1, 5, 80), 20)], ids=str)
+def test_a_part_of_each_head(rand, device, same, shape, dim, dtype, layout, inverse):
+    """The first dims as they would be turned alone, the others to the bit as they were."""
+    x = laid_out(rand, shape, layout, dtype)
+    cos, sin = tables(shape[0], shape[2], dim, dtype, device)
+    y = rope(x, cos, sin, inverse=inverse)
+    assert torch.equal(y[..., dim:], x[..., dim:])
+    same(y[..., :dim], rope(x[..., :dim], cos, sin, inverse=inverse))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "rest"), [((1, 1, 1, 2), 0), ((2, 3, 7, 14), 0), ((1, 9, 5, 64), 0), ((2, 3, 9, 20), 13)]
+)
+def test_pairs_are_halves_in_another_order(rand, device, same, shape, rest, dtype, layout, inverse):
+    batch, heads, tokens, dim = shape
+    x = laid_out(rand, (batch, heads, tokens, dim + rest), layout, dtype)
+    cos, sin = tables(batch, tokens, dim, dtype, device)
+    expected = rope(x, cos, sin, inverse=inverse)
+    mixed = torch.cat([pairs(x[..., :dim]), x[..., dim:]], dim=-1)
+    y = rope(mixed, pairs(cos), pairs(sin), interleaved=True, inverse=inverse)
+    same(y[..., :dim], pairs(expected[..., :dim]))
+    assert torch.equal(y[..., dim:], x[..., dim:])
+
+
+def test_float32_tables_beside_bfloat16(rand, device):
+    """OLMo 2: the tables keep their digits, and the result is rounded once."""
+    x, (cos, sin) = rand(2, 3, 7, 64, dtype=torch.bfloat16), tables(2, 7, 64, torch.float32, device)
+    once = plain(x.float(), cos, sin).to(torch.bfloat16)
+    assert float((rope(x, cos, sin) != once).float().mean()) < 0.002
+    assert float((rope(x, cos.bfloat16(), sin.bfloat16()) != once).float().mean()) > 0.05
+
+
 def test_a_projection_keeps_its_order_in_memory(rand, device):
     x = laid_out(rand, (2, 3, 7, 64), "transposed", torch.float32)
     y = rope(x, *tables(1, 7, 64, torch.float32, device))
@@ -90,6 +135,44 @@ def test_equals_transformers(rand, device):
     cos, sin = tables(2, 9, 64, torch.float32, device)
     for ours, theirs in zip((rope(q, cos, sin), rope(k, cos, sin)), apply_rotary_pos_emb(q, k, cos, sin), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2.0**-21)
+
+
+def test_equals_transformers_cohere(rand, device):
+    from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb
+
+    q, k = rand(2, 4, 9, 64), rand(2, 2, 9, 64)
+    cos, sin = (pairs(table) for table in tables(2, 9, 64, torch.float32, device))
+    theirs = apply_rotary_pos_emb(q, k, cos, sin)
+    for ours, other in zip((q, k), theirs, strict=True):
+        torch.testing.assert_close(rope(ours, cos, sin, interleaved=True), other, rtol=0, atol=2.0**-21)
+
+
+FACTORS = {"short_factor": (1.0, 1.5, 2.0, 2.5), "long_factor": (2.0, 3.0, 4.0, 5.0)}
+SCALINGS = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 3.3, "max_position_embeddings": 12},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "longrope": {"factor": 4.0, "original_max_position_embeddings": 12, **FACTORS},
+}
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("tokens", [11, 12, 13, 40])
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_tables_are_the_exact_backends(device, kind, tokens, interleaved):
+    """Before, at and behind the number of tokens where dynamic and longrope change: there the device decides. Only a
+    dynamic's power may be off by an ulp, which a position multiplies."""
+    config = RopeConfig(rope_type=kind, **SCALINGS[kind])
+    positions = torch.arange(tokens)[None]
+    attrs = {"rope": config, "head_dim": 8, "dtype": "float32", "interleaved": interleaved}
+    expected = exact_tables(positions, **attrs)
+    for ours, other in zip(rope_tables(positions.to(device), **attrs), expected, strict=True):
+        if device == "cpu" and kind != "dynamic":
+            assert torch.equal(ours, other)
+        else:
+            torch.testing.assert_close(ours.cpu(), other, rtol=0, atol=tokens * 2.0**-22)
 
 
 def test_no_tokens(rand):

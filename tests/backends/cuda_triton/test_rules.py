@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smedjan.backends.cuda_triton.rules import RULES
+from smedjan.backends.cuda_triton.rules import RULES, _bias
+from smedjan.graph.node import Graph
+from smedjan.graph.program import Program
+from smedjan.graph.rewrite import decompose
+from smedjan.ops.attention import attention
 from smedjan.passes.lora import Lora
 from tests.backends.cpu_native.fused_cases import CASES
 from tests.backends.cpu_native.tiny_llama import check_step, programs
@@ -31,6 +35,40 @@ KERNELS = {
     "glu_bwd": "triton glu_bwd",
     "linear_cross_entropy": "triton cross_entropy + aten mm",
 }
+FUSED = {op for op, _ in CASES.values()}
+
+
+def test_every_attribute_of_a_fused_op_runs_on_a_kernel():
+    """Attention alone is aten's; a layer norm too wide for a kernel's registers is too."""
+    for name, (_, case) in CASES.items():
+        for call in case.program(RULES, torch.bfloat16, exact=False).calls:
+            op = call.node.op.name
+            if op in FUSED and not op.startswith("attention"):
+                assert call.label.startswith("triton"), f"{name}: {op} runs on {call.label}"
+
+
+def test_a_capped_attention_is_decomposed():
+    graph = Graph()
+    q, k, v = (graph.input(name, (1, 2, 5, 8), "float32") for name in "qkv")
+    mask = graph.input("m", (1, 1, 5, 5), "bool")
+    graph.output("y", attention(q, k, v, mask, causal=False, scale=0.3, implementation="eager", cap=2.0))
+    ran = {call.node.op.name for call in Program(decompose(graph, RULES.has), RULES).calls}
+    assert {"tanh", "softmax", "matmul"} <= ran
+    assert "attention" not in ran
+
+
+@pytest.mark.parametrize("keys", [1, 7, 8, 13])
+def test_the_bias_of_aten_attention_is_aligned(keys):
+    """Its kernel takes rows that begin at multiples of 8 elements, and reads a mask of any width."""
+    q, mask = torch.zeros(2, 3, 5, 8), torch.rand(2, 1, 5, keys) > 0.5
+    bias = _bias(mask, q)
+    assert bias.shape == (2, 3, 5, keys)
+    assert bias.stride(3) == 1
+    assert bias.stride(2) % 8 == bias.stride(0) % 8 == bias.stride(1) == 0
+    assert torch.equal(bias == 0, mask.expand(2, 3, 5, keys))
+    assert bool(bias[~mask.expand(2, 3, 5, keys)].isneginf().all())
+
+
 UPDATE = {"global_norm": "triton global_norm", "adamw_update": "triton adamw_update"}
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from mlx_pair import Case
 
+from smedjan.ops import activation as act
 from smedjan.ops import attention as att
 from smedjan.ops import elementwise as el
 from smedjan.ops import embedding as emb
-from smedjan.ops import glu, linear, lora, loss, norm, optimizer, random, rope
+from smedjan.ops import glu, linear, lora, loss, norm, optimizer, random, rope, shape
 from smedjan.ops.cache import kv_read, kv_write
 
 _generator = torch.Generator().manual_seed(0)
@@ -36,7 +37,15 @@ def _elementwise() -> dict[str, Case]:
         "add_scalar": Case(lambda i: el.add_scalar(i["x"], value=0.1), x, ("x",)),
         "square": Case(lambda i: el.square(i["x"]), x, ("x",)),
         "rsqrt": Case(lambda i: el.rsqrt(i["x"]), positive, ("x",)),
-        "silu": Case(lambda i: el.silu(i["x"]), x, ("x",)),
+        "sub": Case(lambda i: el.sub(i["a"], i["b"]), pair, ("a", "b"), 21),
+        "divide": Case(lambda i: el.divide(i["x"], divisor=0.3), x, ("x",)),
+        "power": Case(lambda i: el.power(i["x"], exponent=3.0), x, ("x",)),
+        "copy": Case(lambda i: el.copy(i["x"]), x),
+        "silu": Case(lambda i: act.silu(i["x"]), x, ("x",)),
+        "tanh": Case(lambda i: act.tanh(i["x"]), x, ("x",)),
+        "relu": Case(lambda i: act.relu(i["x"]), x, ("x",)),
+        "gelu": Case(lambda i: act.gelu(i["x"]), x, ("x",)),
+        "gelu_tanh": Case(lambda i: act.gelu(i["x"], approximate="tanh"), x, ("x",)),
         "reshape": Case(lambda i: el.identity(el.reshape(i["x"], shape=(7, 15))), x, ("x",)),
         "cast": Case(lambda i: el.cast(el.cast(i["x"], "bfloat16"), i["x"].dtype), x, ("x",)),
         "ones": Case(lambda i: el.scale_by(i["x"], el.ones(graph=i["x"].graph)), x),
@@ -69,39 +78,96 @@ def _linear() -> dict[str, Case]:
         "linear": Case(lambda i: linear.linear(i["x"], i["w"], i["b"]), arrays, ("x", "w", "b"), 13),
         "linear_no_bias": Case(lambda i: linear.linear(i["x"], i["w"]), arrays, ("x", "w"), 13),
         "matmul": Case(lambda i: linear.matmul(i["a"], i["b"]), mats, ("a", "b"), 7),
+        "conv1d": Case(
+            lambda i: linear.conv1d(i["x"], i["w"], i["b"]), {**arrays, "w": normal(13, 7)}, tuple("xwb"), 13
+        ),
         "transpose_last": Case(lambda i: linear.transpose_last(i["a"]), mats, ("a",)),
     }
 
 
-def _norm(rows: int, dim: int, cast: str) -> Case:
+def _norm(rows: int, dim: int, cast: str, offset: float = 0.0) -> Case:
     """The residual read after the norm makes its cotangent wait: `acc`."""
     return Case(
-        lambda i: el.add(i["x"], norm.rms_norm(i["x"], i["w"], eps=1e-5, weight_cast=cast)),
+        lambda i: el.add(i["x"], norm.rms_norm(i["x"], i["w"], eps=1e-5, weight_cast=cast, offset=offset)),
         {"x": normal(2, rows, dim), "w": 1 + normal(dim, scale=0.2)},
         ("x", "w"),
         dim + 2 * rows,
     )
 
 
-def _rope(dim: int, rope_type: str) -> Case:
+def _layer_norm(rows: int, dim: int, biased: bool, composed: bool) -> Case:
+    arrays = {"x": 2 + normal(2, rows, dim), "w": 1 + normal(dim, scale=0.2)}
+    if biased:
+        arrays["b"] = normal(dim)
+    return Case(
+        lambda i: norm.layer_norm(i["x"], i["w"], i.get("b"), eps=1e-5, composed=composed),
+        arrays,
+        tuple(arrays),
+        dim + 2 * rows,
+    )
+
+
+def _shape() -> dict[str, Case]:
+    x = {"x": normal(3, 5, 7)}
+
+    def halves(i):
+        first, _unread, last = shape.split(i["x"], sizes=(2, 3, 2), dim=-1)
+        return shape.concat(last, first, dim=1)
+
+    return {
+        "slice_last": Case(lambda i: shape.slice_last(i["x"], start=2, stop=6), x, ("x",)),
+        "split": Case(halves, x, ("x",)),
+        "swap_heads": Case(lambda i: att.swap_heads(i["x"]), {"x": normal(2, 3, 5, 4)}, ("x",)),
+    }
+
+
+ROPES = {
+    "default": {},
+    "linear": {"factor": 8.0},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 512,
+    },
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 512, "truncate": False},
+    "dynamic": {"factor": 2.0, "max_position_embeddings": 3},
+}
+
+
+def _rope(dim: int, rope_type: str, *, partial: float = 1.0, **attrs) -> Case:
+    settings = ROPES.get(rope_type)
+    if settings is None:  # longrope: past the original length, and not
+        factors = {
+            "short_factor": tuple(1 + 0.1 * n for n in range(dim // 2)),
+            "long_factor": tuple(2 + 0.3 * n for n in range(dim // 2)),
+        }
+        original = 512 if rope_type == "longrope-long" else 1024
+        settings = {**factors, "factor": 4.0, "original_max_position_embeddings": original}
+    config = rope.RopeConfig(rope_type=rope_type.partition("-")[0], partial_rotary_factor=partial, **settings)
+    interleaved = attrs.get("interleaved", False)
+
     def build(i):
-        cos, sin = rope.rope_tables(
-            i["pos"],
-            head_dim=dim,
-            theta=10000.0,
-            dtype=i["x"].dtype,
-            rope_type=rope_type,
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=512,
-        )
-        return rope.rope(i["x"], cos, sin), cos, sin
+        dtype = "float32" if attrs.get("upcast") == "terms" else i["x"].dtype
+        cos, sin = rope.rope_tables(i["pos"], rope=config, head_dim=dim, dtype=dtype, interleaved=interleaved)
+        return rope.rope(i["x"], cos, sin, **attrs), cos, sin
 
-    return Case(build, {"x": normal(2, 3, 5, dim), "pos": torch.arange(5)[None] * 211}, ("x",))
+    # The device's own pow makes dynamic's frequencies, to an ulp or two, which a position p multiplies by p.
+    step = 1 if rope_type == "dynamic" else 211
+    return Case(build, {"x": normal(2, 3, 5, dim), "pos": torch.arange(5)[None] * step}, ("x",))
 
 
-def _attention(heads: int, groups: int, seq: int, keys: int, dim: int, mask: str, kind: str = "attention") -> Case:
+def _attention(
+    heads: int,
+    groups: int,
+    seq: int,
+    keys: int,
+    dim: int,
+    mask: str,
+    kind: str = "attention",
+    window: int = 0,
+    cap: float = 0.0,
+) -> Case:
     arrays = {"q": normal(2, heads, seq, dim), "k": normal(2, groups, keys, dim), "v": normal(2, groups, keys, dim)}
     if mask == "padded":
         seen = torch.ones(2, keys, dtype=torch.bool)
@@ -113,15 +179,17 @@ def _attention(heads: int, groups: int, seq: int, keys: int, dim: int, mask: str
     def build(i):
         made = None
         if mask == "padded":
-            made = att.padding_mask(i["mask"], queries=seq)
+            made = att.padding_mask(i["mask"], queries=seq, window=window)
         if mask == "packed":
-            made = att.document_mask(i["mask"])
+            made = att.document_mask(i["mask"], window=window)
         if mask == "lower":
-            made = att.causal_mask(i["ids"], keys=keys)
+            made = att.causal_mask(i["ids"], keys=keys, window=window)
         attrs = {"causal": mask == "causal" and seq > 1, "scale": dim**-0.5}
         if kind == "sdpa":
             return att.sdpa(i["q"], i["k"], i["v"], made, **attrs)
-        return att.attention(i["q"], i["k"], i["v"], made, implementation=kind.replace("attention", "sdpa"), **attrs)
+        return att.attention(
+            i["q"], i["k"], i["v"], made, implementation=kind.replace("attention", "sdpa"), cap=cap, **attrs
+        )
 
     if mask == "lower":
         arrays["ids"] = integers(5, 2, seq)
@@ -152,14 +220,17 @@ def _loss() -> dict[str, Case]:
     scores = {"x": normal(5, 17), "labels": labels}
     fixed = frozenset({"n"})
 
-    def fused(grads):
-        return lambda i: loss.linear_cross_entropy(i["x"], i["w"], i["labels"], i["n"], grads=grads)
+    def fused(grads, **shaping):
+        return lambda i: loss.linear_cross_entropy(i["x"], i["w"], i["labels"], i["n"], grads=grads, **shaping)
 
     return {
         "log_softmax": Case(lambda i: loss.log_softmax(i["x"]), scores, ("x",), 17),
         "nll_loss": Case(lambda i: loss.nll_loss(i["x"], i["labels"]), scores, ("x",), 3),
         "linear_cross_entropy": Case(fused("xw"), head, ("x", "w"), 17, fixed),
         "linear_cross_entropy_x": Case(fused("x"), head, ("x",), 17, fixed),
+        "linear_cross_entropy_shaped": Case(
+            fused("xw", scaling=0.7, divisor=1.3, cap=2.0), head, ("x", "w"), 17, fixed
+        ),
         "linear_cross_entropy_none": Case(fused(""), head, (), 17, fixed),
     }
 
@@ -186,7 +257,21 @@ CASES: dict[str, Case] = {
     **_rows(),
     **_linear(),
     **{f"rms_norm_{cast}_{dim}": _norm(5, dim, cast) for cast in ("before", "after") for dim in (1, 33)},
+    **{f"rms_norm_offset_{dim}": _norm(5, dim, "after", 1.0) for dim in (1, 33)},
+    "layer_norm": _layer_norm(5, 33, True, False),
+    "layer_norm_composed": _layer_norm(5, 33, False, True),
+    **_shape(),
     **{f"rope_{kind}_{dim}": _rope(dim, kind) for kind in ("default", "linear", "llama3") for dim in (2, 64)},
+    **{f"rope_{kind}": _rope(16, kind) for kind in ("yarn", "dynamic", "longrope-short", "longrope-long")},
+    "rope_partial": _rope(16, "default", partial=0.5),
+    "rope_interleaved": _rope(16, "default", interleaved=True, upcast="input"),
+    "rope_terms": _rope(16, "default", upcast="terms"),
+    **{
+        f"glu_{name}": Case(
+            lambda i, name=name: glu.glu(i["a"], i["b"], act=name), {"a": normal(3, 7), "b": normal(3, 7)}, ("a", "b")
+        )
+        for name in ("gelu", "gelu_pytorch_tanh", "relu2")
+    },
     "glu": Case(lambda i: glu.glu(i["a"], i["b"]), {"a": normal(3, 7, scale=3), "b": normal(3, 7)}, ("a", "b")),
     **_heads(),
     "attention_causal": _attention(6, 2, 7, 7, 10, "causal"),
@@ -195,6 +280,10 @@ CASES: dict[str, Case] = {
     "attention_padded": _attention(4, 2, 7, 7, 6, "padded"),
     "attention_packed": _attention(4, 2, 7, 7, 6, "packed"),
     "attention_lower": _attention(3, 3, 6, 6, 6, "lower", "eager"),
+    "attention_window": _attention(4, 2, 7, 7, 6, "lower", window=3),
+    "attention_window_padded": _attention(4, 2, 7, 7, 6, "padded", window=3),
+    "attention_window_packed": _attention(4, 2, 7, 7, 6, "packed", window=2),
+    "attention_capped": _attention(4, 2, 7, 7, 6, "lower", "eager", cap=2.0),
     "attention_decode": _attention(6, 2, 1, 9, 16, "none"),
     "attention_decode_padded": _attention(6, 2, 1, 9, 16, "padded"),
     "sdpa": _attention(4, 2, 7, 7, 64, "causal", "sdpa"),

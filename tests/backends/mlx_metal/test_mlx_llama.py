@@ -11,7 +11,6 @@ import torch
 from mlx_pair import MLX, TORCH, bound, from_torch, to_torch
 
 from smedjan.backends.mlx_metal import MlxProgram, attention, loss
-from smedjan.models import llama
 from smedjan.models.registry import read_config
 from smedjan.runtime.session import Cache, Session, bucket_rows
 
@@ -47,7 +46,7 @@ def sessions(dtype: str, *, tied: bool = True, bias: bool = False) -> list[Sessi
     """The same (rounded) parameters: torch in float32, torch in `dtype`, MLX in `dtype`."""
     made, generator = config(tied=tied, bias=bias), torch.Generator().manual_seed(3)
     weights = {}
-    for name, shape in llama.parameter_shapes(made).items():
+    for name, shape in made.parameter_shapes().items():
         noise = torch.randn(shape, generator=generator)
         weights[name] = (1 + 0.1 * noise if name.endswith("norm.weight") else 0.2 * noise).to(getattr(torch, dtype))
     return [

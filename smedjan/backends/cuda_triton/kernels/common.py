@@ -57,6 +57,21 @@ def narrow(value, dtype: tl.constexpr):
         return value.to(dtype)
 
 
+@triton.jit
+def tanh(x):
+    """tanh(x) in float32, to about one ulp: 1 - 2 / (exp(2x) + 1) alone would lose a small x's digits.
+
+    Below 0.625 the polynomial of Cephes' tanhf (Moshier). Triton's own is libdevice's, which its interpreter lacks.
+    """
+    square = x * x
+    curve = ((-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2) * square + 1.33314422036e-1
+    near = x + x * square * (curve * square - 3.33332819422e-1)
+    # exp of a negative number alone: it cannot overflow.
+    decay = tl.exp(-2.0 * tl.abs(x))
+    far = 1.0 - 2.0 * decay / (1.0 + decay)
+    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0.0, -far, far))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tile:
     """A program's tile, `rows` x `cols` values (both powers of two), and its warps."""

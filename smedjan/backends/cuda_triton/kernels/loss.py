@@ -1,8 +1,9 @@
 """cross_entropy: one row of logits a program, forward, backward, or both with one visit.
 
-    lse     = log(sum over v of exp(logits[v]))
-    loss    = lse - logits[label]
-    dlogits = (exp(logits - lse) - onehot(label)) * scale
+    z       = cap * tanh(gain * logits / cap), or gain * logits
+    lse     = log(sum over v of exp(z[v]))
+    loss    = lse - z[label]
+    dlogits = (exp(z - lse) - onehot(label)) * scale * gain * (1 - (z / cap)^2)
 
 logits [rows, vocab] (dlogits replace them), labels [rows] int64, loss, lse [rows] float32. A row whose label is
 `ignore_index` has loss 0, lse 0 and gradient 0. A label outside the vocabulary makes its loss NaN, which the loss curve
@@ -13,7 +14,16 @@ Milakov and Gimelshein, 2018; the gradient in the forward pass and in place is L
 import triton
 import triton.language as tl
 
-from smedjan.backends.cuda_triton.kernels.common import narrow
+from smedjan.backends.cuda_triton.kernels.common import narrow, tanh
+
+
+@triton.jit
+def _shaped(value, gain, cap, CAPPED: tl.constexpr):
+    """z of a logit"""
+    if CAPPED:
+        return tanh(value * gain / cap) * cap
+    else:
+        return value * gain
 
 
 @triton.jit(do_not_specialize=["ignore_index"])
@@ -24,10 +34,13 @@ def cross_entropy(
     lse,
     scale,
     factor,
+    gain,
+    cap,
     stride,
     vocab,
     ignore_index,
     COLS: tl.constexpr,
+    CAPPED: tl.constexpr,
     FORWARD: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
@@ -43,12 +56,15 @@ def cross_entropy(
         if FORWARD:
             valid = (label >= 0) & (label < vocab)
             target = tl.load(at + label, mask=valid, other=float("nan")).to(tl.float32)
+            target = _shaped(target, gain, cap, CAPPED)
             # Finite, so that a block of -inf alone gives exp(-inf) = 0 and not exp(-inf + inf) = NaN.
             peak = -3.0e38
             total = 0.0
             for start in range(0, vocab, COLS):
                 inside = start + col < vocab
-                value = tl.load(at + start + col, mask=inside, other=-float("inf")).to(tl.float32)
+                value = tl.load(at + start + col, mask=inside, other=0.0).to(tl.float32)
+                value = _shaped(value, gain, cap, CAPPED)
+                value = tl.where(inside, value, -float("inf"))
                 higher = tl.maximum(peak, tl.max(value, axis=0))
                 total = total * tl.exp(peak - higher) + tl.sum(tl.exp(value - higher), axis=0)
                 peak = higher
@@ -65,9 +81,12 @@ def cross_entropy(
                 factor = factor * tl.load(scale)
             for start in range(0, vocab, COLS):
                 inside = start + col < vocab
-                value = tl.load(at + start + col, mask=inside, other=-float("inf")).to(tl.float32)
-                softmax = tl.exp(value - log_sum)
-                out = tl.where(start + col == label, softmax - 1.0, softmax) * factor
+                value = tl.load(at + start + col, mask=inside, other=0.0).to(tl.float32)
+                value = _shaped(value, gain, cap, CAPPED)
+                softmax = tl.exp(tl.where(inside, value, -float("inf")) - log_sum)
+                out = tl.where(start + col == label, softmax - 1.0, softmax) * (factor * gain)
+                if CAPPED:
+                    out = out * (1.0 - (value / cap) * (value / cap))
                 tl.store(at + start + col, narrow(out, logits.dtype.element_ty), mask=inside)
     else:
         if FORWARD:

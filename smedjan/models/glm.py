@@ -1,0 +1,65 @@
+"""`model_type: glm`: GLM-4 9B and GLM-Edge: neighbouring pairs of half a head turn, fused gate_up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from smedjan.models.decoder_config import LLAMA_MODULES, DecoderConfig, Names, Norm
+from smedjan.models.fields import (
+    finish,
+    one_rope,
+    read_activation,
+    read_dropout,
+    read_sizes,
+    read_tokens,
+    start,
+    uniform,
+)
+from smedjan.models.rope import RopeKeys
+
+ARCHITECTURE = "GlmForCausalLM"
+
+MODULES = {
+    **{role: LLAMA_MODULES[role] for role in "qkvo"},
+    "gate_up": "mlp.gate_up_proj",
+    "down": "mlp.down_proj",
+    "attn_in": "input_layernorm",
+    "mlp_in": "post_attention_layernorm",
+}
+KEYS = RopeKeys(partial="partial_rotary_factor", default_partial=0.5)
+
+
+def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> DecoderConfig:
+    reader = start(data, file, ignore_keys)
+    sizes = read_sizes(
+        reader,
+        vocab_size=151552,
+        hidden_size=4096,
+        intermediate_size=13696,
+        num_hidden_layers=40,
+        num_attention_heads=32,
+        max_position_embeddings=131072,
+        num_key_value_heads=2,
+        head_dim=128,
+    )
+    rope, scale = one_rope(reader, sizes, KEYS), sizes["head_dim"] ** -0.5
+    return finish(
+        reader,
+        {
+            "model_type": "glm",
+            "architecture": ARCHITECTURE,
+            **sizes,
+            "hidden_act": read_activation(reader, "silu"),
+            "layers": uniform(sizes["num_hidden_layers"], rope, scale),
+            "norm": Norm(eps=reader.number("rms_norm_eps", 0.00000015625, open_low=True)),
+            "names": Names(modules=MODULES),
+            "biases": frozenset("qkv" if reader.flag("attention_bias", True) else ""),
+            "interleaved": True,
+            "tie_word_embeddings": reader.flag("tie_word_embeddings", False),
+            "dropout": read_dropout(reader, attention_dropout=0.0),
+            **(tokens := read_tokens(reader, sizes["vocab_size"], bos=None, eos=(151329, 151336, 151338), pad=151329)),
+            "padding_idx": tokens["pad_token_id"],
+        },
+    )
