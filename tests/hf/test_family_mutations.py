@@ -14,6 +14,7 @@ import torch
 
 from smedjan.hf.bisect import bisect
 from smedjan.hf.parity import _rows as rows
+from smedjan.hf.parity import compare
 from smedjan.hf.peer import Peer
 from smedjan.models.decoder_config import DecoderConfig, Names
 from smedjan.runtime.session import Session
@@ -327,6 +328,16 @@ def test_a_mutation_breaks_equality_and_is_named(name: str) -> None:
     parted = bisect(session, peer, batch, mutation.mode)
     assert (None if parted is None else (parted.layer, parted.op)) == mutation.place
     assert parted is None or parted.backward == mutation.backward
+
+
+def test_a_step_left_out_behind_the_head_is_named() -> None:
+    """Every value of ours is one of transformers' then: parity names the output, and what transformers does next."""
+    model = make_model("gemma3_text", CASES["gemma3_text"]["cap-biases"], attention="eager")
+    session = mutated(make_session_of(model, attention="eager"), of(logit_cap=0.0))
+    case = next(compare(session, Peer(model), paddings=("none",)))
+    assert (case.mode, case.holds) == ("logits", False)
+    assert case.parted is not None
+    assert (case.parted.layer, case.parted.op, case.parted.peer) == (None, "output", "a step that follows lm_head")
 
 
 def test_every_field_that_computes_is_mutated() -> None:
