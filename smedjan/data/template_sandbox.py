@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
 
@@ -57,7 +57,7 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
 class _Counted:
     """What a loop goes through, a step a round."""
 
-    def __init__(self, items: Iterable[Any], characters: int) -> None:
+    def __init__(self, items: Any, characters: int) -> None:
         self._items, self._characters = items, characters
 
     def __iter__(self) -> Iterator[Any]:
@@ -68,7 +68,7 @@ class _Counted:
 
     def __len__(self) -> int:
         # TypeError where there is none, as `loop.length` expects
-        return len(self._items)  # type: ignore[arg-type]
+        return len(self._items)
 
 
 class _ChatExtension(Extension):
@@ -87,7 +87,7 @@ class _ChatExtension(Extension):
         run.spans.append((start, start + len(text)))
         return text
 
-    def counted(self, items: Iterable[Any], characters: int) -> _Counted:
+    def counted(self, items: Any, characters: int) -> _Counted:
         return _Counted(items, characters)
 
     def joined(self, *parts: Any) -> str:

@@ -126,8 +126,8 @@ class Row:
         return not self.problems
 
     def cells(self) -> tuple[str, str, str, str]:
-        counts = (f"{good}/{of}" for good, of in (self.logits, self.gradients, self.decode))
-        return (*counts, "equal" if self.round_trip else "DIFFERS")  # type: ignore[return-value]
+        logits, gradients, decode = (f"{good}/{of}" for good, of in (self.logits, self.gradients, self.decode))
+        return logits, gradients, decode, "equal" if self.round_trip else "DIFFERS"
 
 
 @dataclass(frozen=True, kw_only=True)

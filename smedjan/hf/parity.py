@@ -29,7 +29,7 @@ from smedjan.checkpoint.raw import RawTensor
 from smedjan.data.collate import IGNORE, Batch
 from smedjan.errors import ConfigError
 from smedjan.hf.bisect import bisect
-from smedjan.hf.bisect_bound import bisect_bound
+from smedjan.hf.bisect_bound import ROUNDOFF, bisect_bound
 from smedjan.hf.load import open_model, open_session
 from smedjan.hf.peer import DECODE, Feed, Named, Peer, Refused, feeds
 from smedjan.hf.watch import Parted, decoded, read_parameters, ulps
@@ -44,7 +44,6 @@ PADDINGS = ("none", "left", "right")
 ATTENTIONS = ("sdpa", "eager")
 Made = dict[str, Named]
 """By mode (logits, gradients, decode), then by name."""
-ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +167,10 @@ def compare(
             case = _case(mode, ours[mode], theirs[mode], held, session, padding, batch)
             if explain and not case.holds:
                 find = bisect if truth is None else bisect_bound
-                found = find(session, peer, batch, mode, prefills=prefills)
-                case = replace(case, parted=found or _cut_short(session, case))
+                parted = find(session, peer, batch, mode, prefills=prefills)
+                if parted is None and truth is None and mode != "gradients":
+                    parted = _cut_short(session, case)
+                case = replace(case, parted=parted)
             yield case
 
 

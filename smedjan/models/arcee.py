@@ -50,7 +50,6 @@ def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> D
             "biases": frozenset(("q", "k", "v", "o") * attention_bias + ("up", "down") * mlp_bias),
             "tie_word_embeddings": reader.flag("tie_word_embeddings", False),
             "dropout": read_dropout(reader, attention_dropout=0.0),
-            **(tokens := read_tokens(reader, sizes["vocab_size"], bos=128000, eos=128001, pad=None)),
-            "padding_idx": tokens["pad_token_id"],
+            **read_tokens(reader, sizes["vocab_size"], bos=128000, eos=128001, pad=None),
         },
     )

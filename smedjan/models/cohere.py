@@ -67,7 +67,6 @@ def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> D
             "logit_scale": reader.number("logit_scale", 0.0625, open_low=True),
             "tie_word_embeddings": reader.flag("tie_word_embeddings", True),
             "dropout": read_dropout(reader, attention_dropout=0.0),
-            **(tokens := read_tokens(reader, sizes["vocab_size"], bos=5, eos=255001, pad=0)),
-            "padding_idx": tokens["pad_token_id"],
+            **read_tokens(reader, sizes["vocab_size"], bos=5, eos=255001, pad=0),
         },
     )

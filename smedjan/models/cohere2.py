@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from smedjan.models.cohere import one_design
-from smedjan.models.decoder_config import LLAMA_MODULES, DecoderConfig, Layer, Names, Norm
+from smedjan.models.cohere import MODULES, one_design
+from smedjan.models.decoder_config import DecoderConfig, Layer, Names, Norm
 from smedjan.models.fields import (
     finish,
     one_rope,
@@ -22,8 +22,6 @@ from smedjan.models.fields import (
 )
 
 ARCHITECTURE = "Cohere2ForCausalLM"
-
-MODULES = {role: LLAMA_MODULES[role] for role in ("q", "k", "v", "o", "gate", "up", "down", "attn_in")}
 
 
 def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> DecoderConfig:
@@ -68,7 +66,6 @@ def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> D
             "logit_scale": reader.number("logit_scale", 0.0625, open_low=True),
             "tie_word_embeddings": reader.flag("tie_word_embeddings", True),
             "dropout": read_dropout(reader, attention_dropout=0.0),
-            **(tokens := read_tokens(reader, sizes["vocab_size"], bos=5, eos=255001, pad=0)),
-            "padding_idx": tokens["pad_token_id"],
+            **read_tokens(reader, sizes["vocab_size"], bos=5, eos=255001, pad=0),
         },
     )

@@ -54,7 +54,6 @@ def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> D
             "rope_upcast": "terms",
             "tie_word_embeddings": reader.flag("tie_word_embeddings", True),
             "dropout": read_dropout(reader, attention_dropout=0.0),
-            **(tokens := read_tokens(reader, sizes["vocab_size"], bos=1, eos=2, pad=0)),
-            "padding_idx": tokens["pad_token_id"],
+            **read_tokens(reader, sizes["vocab_size"], bos=1, eos=2, pad=0),
         },
     )

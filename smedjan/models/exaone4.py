@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from smedjan.models.decoder_config import LLAMA_MODULES, DecoderConfig, Layer, Names, Norm
+from smedjan.models.decoder_config import DecoderConfig, Layer, Names, Norm
 from smedjan.models.fields import (
     finish,
     one_rope,
@@ -19,17 +19,9 @@ from smedjan.models.fields import (
     read_window,
     start,
 )
+from smedjan.models.olmo2 import MODULES
 
 ARCHITECTURE = "Exaone4ForCausalLM"
-
-MODULES = {
-    **{role: LLAMA_MODULES[role] for role in "qkvo"},
-    "q_norm": "self_attn.q_norm",
-    "k_norm": "self_attn.k_norm",
-    **{role: LLAMA_MODULES[role] for role in ("gate", "up", "down")},
-    "attn_out": "post_attention_layernorm",
-    "mlp_out": "post_feedforward_layernorm",
-}
 
 
 def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> DecoderConfig:
@@ -74,7 +66,6 @@ def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> D
             "qk_norm": "head",
             "tie_word_embeddings": reader.flag("tie_word_embeddings", False),
             "dropout": read_dropout(reader, attention_dropout=0.0),
-            **(tokens := read_tokens(reader, sizes["vocab_size"], bos=0, eos=2, pad=None)),
-            "padding_idx": tokens["pad_token_id"],
+            **read_tokens(reader, sizes["vocab_size"], bos=0, eos=2, pad=None),
         },
     )

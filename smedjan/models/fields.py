@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +97,16 @@ def read_head_dim(
 
 
 def read_tokens(
-    reader: ConfigReader, vocab_size: int, *, bos: int | None, eos: int | tuple[int, ...] | None, pad: int | None
+    reader: ConfigReader,
+    vocab_size: int,
+    *,
+    bos: int | None,
+    eos: int | tuple[int, ...] | None,
+    pad: int | None,
+    padding: bool = True,
 ) -> dict[str, Any]:
-    """bos, eos (one or several) and pad, which has a row of the embedding in transformers."""
+    """bos, eos (one or several) and pad, which is a row of the embedding. `padding`: the family gives that row no
+    gradient."""
     # An id that is null is not written.
     reader.optional(*(name for name, default in (("bos_token_id", bos), ("pad_token_id", pad)) if default is None))
     if eos is None:
@@ -121,7 +128,12 @@ def read_tokens(
     if pad_id is not None and pad_id >= vocab_size:
         where = "is" if "pad_token_id" in reader.data else "is missing, and its default"
         raise reader.error(f"{where} {pad_id}", "pad_token_id", f"give an integer between 0 and {vocab_size - 1}")
-    return {"bos_token_id": _token(reader, "bos_token_id", bos), "eos_token_id": eos_ids, "pad_token_id": pad_id}
+    return {
+        "bos_token_id": _token(reader, "bos_token_id", bos),
+        "eos_token_id": eos_ids,
+        "pad_token_id": pad_id,
+        "padding_idx": pad_id if padding else None,
+    }
 
 
 def _token(reader: ConfigReader, name: str, default: int | None) -> int | None:
@@ -198,6 +210,16 @@ def read_window(reader: ConfigReader, default: int | None) -> int | None:
     return reader.optional_integer("sliding_window", default, low=1)
 
 
+def read_late_windows(reader: ConfigReader, count: int) -> tuple[int | None, list[str]]:
+    """Qwen's window, where `use_sliding_window` says so, in the layers from `max_window_layers` on: (tokens, types)."""
+    window = read_window(reader, 4096)
+    if not reader.flag("use_sliding_window", False):
+        window = None
+    first = reader.integer("max_window_layers", 28)
+    default = ["sliding_attention" if window and number >= first else "full_attention" for number in range(count)]
+    return window, read_pattern(reader, count, default, window=window)
+
+
 def causal_only(reader: ConfigReader) -> None:
     """Keys that would make a decoder something else."""
     reader.only("use_bidirectional_attention", None, False, remedy="only causal attention is supported")
@@ -207,6 +229,20 @@ def causal_only(reader: ConfigReader) -> None:
 
 def uniform(count: int, rope: RopeConfig | None, scale: float, window: int | None = None) -> tuple[Layer, ...]:
     return (Layer(rope=rope, scale=scale, window=window),) * count
+
+
+def by_type(
+    types: Sequence[str], ropes: RopeConfig | Mapping[str, RopeConfig], scale: float, window: int | None
+) -> tuple[Layer, ...]:
+    """A layer for each of `types`, with the window where it slides; `ropes` for all, or for each type."""
+    return tuple(
+        Layer(
+            rope=ropes if isinstance(ropes, RopeConfig) else ropes[kind],
+            scale=scale,
+            window=window if kind == "sliding_attention" else None,
+        )
+        for kind in types
+    )
 
 
 def one_rope(reader: ConfigReader, sizes: dict[str, Any], keys: RopeKeys | None = None) -> RopeConfig:

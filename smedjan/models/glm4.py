@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from smedjan.models.decoder_config import LLAMA_MODULES, DecoderConfig, Names, Norm
+from smedjan.models import glm
+from smedjan.models.decoder_config import DecoderConfig, Names, Norm
 from smedjan.models.fields import (
     finish,
     one_rope,
@@ -17,20 +18,15 @@ from smedjan.models.fields import (
     start,
     uniform,
 )
-from smedjan.models.rope import RopeKeys
 
 ARCHITECTURE = "Glm4ForCausalLM"
 
 MODULES = {
-    **{role: LLAMA_MODULES[role] for role in "qkvo"},
-    "gate_up": "mlp.gate_up_proj",
-    "down": "mlp.down_proj",
-    "attn_in": "input_layernorm",
-    "mlp_in": "post_attention_layernorm",
+    **glm.MODULES,
     "attn_out": "post_self_attn_layernorm",
     "mlp_out": "post_mlp_layernorm",
 }
-KEYS = RopeKeys(partial="partial_rotary_factor", default_partial=0.5)
+KEYS = glm.KEYS
 
 
 def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> DecoderConfig:
@@ -61,7 +57,6 @@ def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> D
             "interleaved": True,
             "tie_word_embeddings": reader.flag("tie_word_embeddings", False),
             "dropout": read_dropout(reader, attention_dropout=0.0),
-            **(tokens := read_tokens(reader, sizes["vocab_size"], bos=None, eos=(151329, 151336, 151338), pad=151329)),
-            "padding_idx": tokens["pad_token_id"],
+            **read_tokens(reader, sizes["vocab_size"], bos=None, eos=(151329, 151336, 151338), pad=151329),
         },
     )

@@ -73,7 +73,7 @@ def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> D
             "accepted": ((r"(wte|wpe|h|ln_f)\.", r"transformer.\1."),),
             "buffers": r".*attn\.(bias|masked_bias)",
             "dropout": read_dropout(reader, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1),
-            **read_tokens(reader, vocab_size, bos=50256, eos=50256, pad=None),
+            **read_tokens(reader, vocab_size, bos=50256, eos=50256, pad=None, padding=False),
         },
     )
 

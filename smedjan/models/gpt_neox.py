@@ -76,6 +76,6 @@ def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> D
             "stored": (("lm_head.weight", "embed_out.weight"),),
             "buffers": r".*(rotary_emb\.inv_freq|attention\.(bias|masked_bias))",
             "dropout": read_dropout(reader, attention_dropout=0.0, hidden_dropout=0.0, classifier_dropout=0.1),
-            **read_tokens(reader, sizes["vocab_size"], bos=0, eos=2, pad=None),
+            **read_tokens(reader, sizes["vocab_size"], bos=0, eos=2, pad=None, padding=False),
         },
     )

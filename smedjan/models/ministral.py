@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from smedjan.models.decoder_config import DecoderConfig, Layer, Norm
+from smedjan.models.decoder_config import DecoderConfig, Norm
 from smedjan.models.fields import (
+    by_type,
     finish,
     one_rope,
     read_activation,
@@ -45,13 +46,10 @@ def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> D
             "architecture": ARCHITECTURE,
             **sizes,
             "hidden_act": read_activation(reader, "silu"),
-            "layers": tuple(
-                Layer(rope=rope, scale=scale, window=window if kind == "sliding_attention" else None) for kind in types
-            ),
+            "layers": by_type(types, rope, scale, window),
             "norm": Norm(eps=reader.number("rms_norm_eps", 1e-6, open_low=True)),
             "tie_word_embeddings": reader.flag("tie_word_embeddings", False),
             "dropout": read_dropout(reader, attention_dropout=0.0),
-            **(tokens := read_tokens(reader, sizes["vocab_size"], bos=1, eos=2, pad=None)),
-            "padding_idx": tokens["pad_token_id"],
+            **read_tokens(reader, sizes["vocab_size"], bos=1, eos=2, pad=None),
         },
     )

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from smedjan.models.decoder_config import LLAMA_MODULES, DecoderConfig, Layer, Names, Norm
+from smedjan.models.decoder_config import DecoderConfig, Names, Norm
 from smedjan.models.fields import (
+    by_type,
     every_nth,
     finish,
     read_activation,
@@ -18,18 +19,11 @@ from smedjan.models.fields import (
     read_window,
     start,
 )
+from smedjan.models.olmo2 import MODULES
 from smedjan.models.rope import RopeKeys, read_rope_of_each, write_rope_of_each
 
 ARCHITECTURE = "Olmo3ForCausalLM"
 
-MODULES = {
-    **{role: LLAMA_MODULES[role] for role in "qkvo"},
-    "q_norm": "self_attn.q_norm",
-    "k_norm": "self_attn.k_norm",
-    **{role: LLAMA_MODULES[role] for role in ("gate", "up", "down")},
-    "attn_out": "post_attention_layernorm",
-    "mlp_out": "post_feedforward_layernorm",
-}
 KEYS = RopeKeys(default_theta=500_000.0)
 LOCAL = (None, 500_000.0)
 
@@ -64,10 +58,7 @@ def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> D
             "architecture": ARCHITECTURE,
             **sizes,
             "hidden_act": read_activation(reader, "silu"),
-            "layers": tuple(
-                Layer(rope=ropes[kind], scale=scale, window=window if kind == "sliding_attention" else None)
-                for kind in types
-            ),
+            "layers": by_type(types, ropes, scale, window),
             "norm": Norm(eps=reader.number("rms_norm_eps", 1e-5, open_low=True), weight_cast="after"),
             "names": Names(modules=MODULES),
             "biases": frozenset("qkvo" if reader.flag("attention_bias", False) else ""),
@@ -76,7 +67,6 @@ def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> D
             "rope_upcast": "terms",
             "tie_word_embeddings": reader.flag("tie_word_embeddings", False),
             "dropout": read_dropout(reader, attention_dropout=0.0),
-            **(tokens := read_tokens(reader, sizes["vocab_size"], bos=None, eos=50279, pad=1)),
-            "padding_idx": tokens["pad_token_id"],
+            **read_tokens(reader, sizes["vocab_size"], bos=None, eos=50279, pad=1),
         },
     )

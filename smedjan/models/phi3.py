@@ -65,7 +65,6 @@ def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> D
             "restart_after": rope.original_max_position_embeddings,
             "tie_word_embeddings": reader.flag("tie_word_embeddings", False),
             "dropout": read_dropout(reader, attention_dropout=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
-            **(tokens := read_tokens(reader, sizes["vocab_size"], bos=1, eos=32000, pad=32000)),
-            "padding_idx": tokens["pad_token_id"],
+            **read_tokens(reader, sizes["vocab_size"], bos=1, eos=32000, pad=32000),
         },
     )

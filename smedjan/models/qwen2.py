@@ -6,16 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from smedjan.models.decoder_config import DecoderConfig, Layer, Norm
+from smedjan.models.decoder_config import DecoderConfig, Norm
 from smedjan.models.fields import (
+    by_type,
     finish,
     one_rope,
     read_activation,
     read_dropout,
-    read_pattern,
+    read_late_windows,
     read_sizes,
     read_tokens,
-    read_window,
     start,
 )
 
@@ -36,13 +36,7 @@ def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> D
         num_key_value_heads=32,
     )
     reader.only("use_mrope", False, None, remedy="positions of a text have one dimension")
-    count = sizes["num_hidden_layers"]
-    window = read_window(reader, 4096)
-    if not reader.flag("use_sliding_window", False):
-        window = None
-    first = reader.integer("max_window_layers", 28)
-    default = ["sliding_attention" if window and number >= first else "full_attention" for number in range(count)]
-    types = read_pattern(reader, count, default, window=window)
+    window, types = read_late_windows(reader, sizes["num_hidden_layers"])
     rope, scale = one_rope(reader, sizes), sizes["head_dim"] ** -0.5
     return finish(
         reader,
@@ -51,14 +45,11 @@ def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> D
             "architecture": ARCHITECTURE,
             **sizes,
             "hidden_act": read_activation(reader, "silu"),
-            "layers": tuple(
-                Layer(rope=rope, scale=scale, window=window if kind == "sliding_attention" else None) for kind in types
-            ),
+            "layers": by_type(types, rope, scale, window),
             "norm": Norm(eps=reader.number("rms_norm_eps", 1e-6, open_low=True)),
             "biases": frozenset("qkv"),
             "tie_word_embeddings": reader.flag("tie_word_embeddings", False),
             "dropout": read_dropout(reader, attention_dropout=0.0),
-            **(tokens := read_tokens(reader, sizes["vocab_size"], bos=None, eos=None, pad=None)),
-            "padding_idx": tokens["pad_token_id"],
+            **read_tokens(reader, sizes["vocab_size"], bos=None, eos=None, pad=None),
         },
     )

@@ -51,7 +51,6 @@ def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> D
             "biases": frozenset(("q", "k", "v") * qkv + ("o",) * out + ("gate", "up", "down") * mlp),
             "tie_word_embeddings": reader.flag("tie_word_embeddings", False),
             "dropout": read_dropout(reader, attention_dropout=0.1, residual_dropout=0.1),
-            **(tokens := read_tokens(reader, sizes["vocab_size"], bos=0, eos=2, pad=1)),
-            "padding_idx": tokens["pad_token_id"],
+            **read_tokens(reader, sizes["vocab_size"], bos=0, eos=2, pad=1),
         },
     )

@@ -62,7 +62,6 @@ def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> D
             "qk_norm": "each" if qk_norm else "",
             "tie_word_embeddings": reader.flag("tie_word_embeddings", False),
             "dropout": read_dropout(reader, attention_dropout=0.0, hidden_dropout=0.0),
-            **(tokens := read_tokens(reader, sizes["vocab_size"], bos=0, eos=0, pad=None)),
-            "padding_idx": tokens["pad_token_id"],
+            **read_tokens(reader, sizes["vocab_size"], bos=0, eos=0, pad=None),
         },
     )

@@ -63,7 +63,6 @@ def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> D
             "biases": frozenset(("q", "k", "v", "o", "up", "down") if reader.flag("use_bias", True) else ()),
             "tie_word_embeddings": reader.flag("tie_word_embeddings", True),
             "dropout": read_dropout(reader, attention_dropout=0.0, residual_dropout=0.0, embedding_dropout=0.0),
-            **(tokens := read_tokens(reader, sizes["vocab_size"], bos=50256, eos=50256, pad=None)),
-            "padding_idx": tokens["pad_token_id"],
+            **read_tokens(reader, sizes["vocab_size"], bos=50256, eos=50256, pad=None),
         },
     )

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from smedjan.models.decoder_config import LLAMA_MODULES, DecoderConfig, Layer, Names, Norm
+from smedjan.models.decoder_config import LLAMA_MODULES, DecoderConfig, Names, Norm
 from smedjan.models.fields import (
+    by_type,
     every_nth,
     finish,
     one_rope,
@@ -54,9 +55,7 @@ def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> D
             "architecture": ARCHITECTURE,
             **sizes,
             "hidden_act": read_activation(reader, "gelu_pytorch_tanh", "hidden_activation"),
-            "layers": tuple(
-                Layer(rope=rope, scale=scale, window=window if kind == "sliding_attention" else None) for kind in types
-            ),
+            "layers": by_type(types, rope, scale, window),
             "norm": Norm(eps=reader.number("rms_norm_eps", 1e-6, open_low=True), weight_cast="after", offset=1.0),
             "names": Names(modules=MODULES),
             "biases": frozenset("qkvo" if reader.flag("attention_bias", False) else ""),
@@ -67,7 +66,6 @@ def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> D
             "sdpa": False,
             "tie_word_embeddings": reader.flag("tie_word_embeddings", True),
             "dropout": read_dropout(reader, attention_dropout=0.0),
-            **(tokens := read_tokens(reader, sizes["vocab_size"], bos=2, eos=1, pad=0)),
-            "padding_idx": tokens["pad_token_id"],
+            **read_tokens(reader, sizes["vocab_size"], bos=2, eos=1, pad=0),
         },
     )

@@ -47,6 +47,7 @@ def bias_grad(dy: Tensor) -> Spec:
 def conv1d(x: Tensor, weight: Tensor, bias: Tensor) -> Spec:
     """y = x W + b       x [..., I], W [I, O], b [O] -> y [..., O]: `linear` with GPT-2's transposed weight"""
     require(weight.ndim == 2 and weight.shape[0] == x.shape[-1], f"conv1d: weight {weight.shape} for x {x.shape}")
+    require(bias is not None and bias.shape == weight.shape[1:], "conv1d: bias does not fit the weight")
     require(x.dtype == weight.dtype, f"conv1d: x is {x.dtype}, weight {weight.dtype}: cast first")
     return x.like(shape=(*x.shape[:-1], weight.shape[1]))
 
