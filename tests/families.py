@@ -220,9 +220,16 @@ ALL = [(family, name) for family, cases in CASES.items() for name in cases]
 
 
 def make_model(
-    family: str, settings: dict[str, Any], *, dtype: str = "float32", attention: str = "sdpa", seed: int = 0
+    family: str,
+    settings: dict[str, Any],
+    *,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    seed: int = 0,
+    calm: bool = False,
 ) -> PreTrainedModel:
-    """transformers' model with every weight random. Frequencies stay float32, as from_pretrained keeps them.
+    """transformers' model with every weight random. Frequencies stay float32, as from_pretrained keeps them. `calm`:
+    norms near 1 and biases near 0, as a trained model has them.
 
     ValueError where transformers does not have this `attention` for the family.
     """
@@ -230,9 +237,11 @@ def make_model(
     copied = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
     config = AutoConfig.for_model(family, **copied)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
+        elif calm:
+            torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.1)
         else:
             torch.nn.init.normal_(parameter, mean=0.5, std=0.3)
     if dtype == "bfloat16":
@@ -252,8 +261,10 @@ def make_session_of(
     data = {**model.config.to_dict(), "architectures": [ARCHITECTURES[family].ARCHITECTURE], **changes}
     config = read_config(data, Path("config.json"))
     parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    chosen = backend(on)
-    dtype = str(model.dtype).removeprefix("torch.")
+    chosen, dtype = backend(on), str(model.dtype).removeprefix("torch.")
+    if not chosen.exact:
+        to_raw = backend("torch_reference").to_raw
+        parameters = {name: chosen.from_raw(to_raw(array)) for name, array in parameters.items()}
     return Session(chosen, config, parameters, dtype, attention=attention)
 
 

@@ -13,11 +13,10 @@ from pathlib import Path
 from smedjan.checkpoint.atomic import write_atomic
 from smedjan.hf.parity import Case, ParityReport
 from smedjan.hf.watch import Parted
-from smedjan.report.markup import Markup, el, join
+from smedjan.report.markup import Markup, el
+from smedjan.report.page import page
 from smedjan.report.scale import number
-from smedjan.report.style import CSS
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _HEAT = 5
 _CSS = """
 td.heat { white-space: nowrap; }
@@ -42,15 +41,6 @@ def write_parity(path: str | PathLike[str], report: ParityReport, *, title: str)
 def render(report: ParityReport, *, title: str) -> str:
     """The page as text."""
     sections = [part for part in (_parted(report), _cases(report), _skipped(report)) if part is not None]
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", name_="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        el("meta", name_="generator", content="smedjan"),
-        el("title", f"{title} · parity · smedjan"),
-        el("style", Markup(CSS + _CSS)),
-    )
     header = el(
         "header",
         el("p", "smedjan · parity with transformers", class_="eyebrow"),
@@ -60,7 +50,7 @@ def render(report: ParityReport, *, title: str) -> str:
     )
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     footer = el("footer", el("div", el("p", f"Made with {versions}.")))
-    return "<!doctype html>\n" + el("html", join(head, "\n", el("body", header, el("main", *sections), footer)))
+    return page(f"{title} · parity", header, el("main", *sections), footer, css=_CSS)
 
 
 def _figures(report: ParityReport) -> Markup:

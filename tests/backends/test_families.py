@@ -17,7 +17,6 @@ import pytest
 
 from smedjan.hf import parity
 from smedjan.hf.peer import Peer, feeds
-from smedjan.runtime.select import backend
 from tests.families import ALL, CASES, make_model, make_session_of
 
 FIRST = [(family, next(iter(cases))) for family, cases in CASES.items()]
@@ -55,9 +54,7 @@ def test_as_near_the_truth_as_transformers(on, dtype, family, case):
     if on == "cuda_triton":
         settings, paddings = {**settings, "n_layer" if family == "gpt2" else "num_hidden_layers": 2}, ("left",)
     model = make_model(family, settings, dtype=dtype, attention="eager")
-    session, oracle, peer = make_session_of(model, attention="eager", on=on), backend("torch_reference"), Peer(model)
-    for name, array in session.parameters.items():
-        session.parameters[name] = session.backend.from_raw(oracle.to_raw(array))
+    session, peer = make_session_of(model, attention="eager", on=on), Peer(model)
     truth = peer.widened()
     for padding in paddings:
         batch = parity._rows(session.config, padding, 0, 12)

@@ -16,7 +16,7 @@ from smedjan.hf.parity import _rows as rows
 from smedjan.hf.parity import compare
 from smedjan.hf.peer import Peer
 from smedjan.hf.watch import Parted, Watched, ulps
-from tests.hf.tiny_families import FAMILIES, exact, on, tiny
+from tests.hf.tiny_families import FAMILIES, session_of, tiny
 
 MODES = ("logits", "gradients", "decode")
 
@@ -30,7 +30,7 @@ def place(parted: Parted | None) -> tuple[int | None, str] | None:
 def test_nothing_parts_where_all_is_equal(family, dtype):
     """And that says something: but for the mean's two steps in the loss, each value of ours is one of transformers'."""
     model = tiny(family, dtype=dtype)
-    session, peer = exact(model), Peer(model)
+    session, peer = session_of(model), Peer(model)
     batch = rows(session.config, "left", 0, 12)
     assert [bisect(session, peer, batch, mode) for mode in MODES] == [None] * 3
     ours, made = module._record(Watched.of(session), batch, "gradients", []), {}
@@ -64,7 +64,7 @@ MUTATIONS = [
 @pytest.mark.parametrize(("family", "change", "wanted"), MUTATIONS, ids=lambda value: str(value)[:60])
 def test_a_mutation_is_named(family, change, wanted, mode):
     model = tiny(family)
-    session = exact(model, **change)
+    session = session_of(model, **change)
     parted = bisect(session, Peer(model), rows(session.config, "left", 0, 12), mode)
     assert place(parted) == wanted
     assert not parted.backward
@@ -76,7 +76,7 @@ def test_the_distance_and_both_names(attention):
     """One weight of layer 1 is off: the ulps are those between the two products, and the module is named on both
     sides."""
     model = tiny("llama", attention=attention)
-    session, name = exact(model, attention=attention), "model.layers.1.mlp.down_proj"
+    session, name = session_of(model, attention=attention), "model.layers.1.mlp.down_proj"
     weight = session.parameters[f"{name}.weight"]
     weight[3, 5] *= 1 + 1e-5
     batch = rows(session.config, "none", 0, 12)
@@ -97,7 +97,7 @@ def test_the_distance_and_both_names(attention):
 @pytest.mark.parametrize(("weight", "behind"), [("model.embed_tokens.weight", False), ("model.norm.weight", True)])
 def test_outside_the_layers(weight, behind):
     model = tiny("llama")
-    session = exact(model)
+    session = session_of(model)
     session.parameters[weight].mul_(1.5)
     parted = bisect(session, Peer(model), rows(session.config, "none", 0, 12), "logits")
     assert (parted.layer, parted.behind) == (None, behind)
@@ -120,7 +120,7 @@ def wrong(monkeypatch, table, op, factor=1.01):
 def test_a_wrong_gradient(monkeypatch):
     """The backward pass alone is wrong: the forward pass is not blamed, and the last layer comes first."""
     model = tiny("llama")
-    session, batch = exact(model), rows(exact(model).config, "right", 0, 12)
+    session, batch = session_of(model), rows(session_of(model).config, "right", 0, 12)
     wrong(monkeypatch, RULES, "silu_bwd")
     assert bisect(session, Peer(model), batch, "logits") is None
     parted = bisect(session, Peer(model), batch, "gradients")
@@ -130,7 +130,7 @@ def test_a_wrong_gradient(monkeypatch):
 
 def test_a_window_that_only_decoding_reaches():
     model = tiny("mistral", sliding_window=14)
-    session = exact(model, sliding_window=15)
+    session = session_of(model, sliding_window=15)
     batch = rows(session.config, "none", 0, 12)
     assert bisect(session, Peer(model), batch, "logits") is None
     assert bisect(session, Peer(model), batch, "decode", prefills=(11,)) is None
@@ -140,16 +140,16 @@ def test_a_window_that_only_decoding_reaches():
 @pytest.mark.parametrize("backend", ["cpu_native", "mlx_metal"])
 def test_a_wrong_model_on_a_fast_backend_is_told_from_a_wrong_backend(backend):
     model = tiny("llama")
-    peer, batch = Peer(model), rows(exact(model).config, "left", 0, 12)
-    assert bisect_bound(on(exact(model), backend), peer, batch, "logits") is None
-    session = on(exact(model, rms_norm_eps=1e-3), backend)
+    peer, batch = Peer(model), rows(session_of(model).config, "left", 0, 12)
+    assert bisect_bound(session_of(model, on=backend), peer, batch, "logits") is None
+    session = session_of(model, rms_norm_eps=1e-3, on=backend)
     assert place(bisect_bound(session, peer, batch, "logits")) == (0, "rms_norm")
 
 
 @pytest.mark.parametrize("op", ["rope", "rms_norm", "glu", "attention"])
 def test_a_wrong_rule_of_a_fast_backend(monkeypatch, op):
     model = tiny("llama")
-    session, peer = on(exact(model), "cpu_native"), Peer(model)
+    session, peer = session_of(model, on="cpu_native"), Peer(model)
     wrong(monkeypatch, CPU_RULES, op)
     failed = [case for case in compare(session, peer, truth=peer.widened(), paddings=("left",)) if not case.holds]
     assert [case.mode for case in failed] == list(MODES)
@@ -159,7 +159,7 @@ def test_a_wrong_rule_of_a_fast_backend(monkeypatch, op):
 def test_a_wrong_gradient_of_a_fast_backend(monkeypatch):
     """The forward pass is good. The first gradients that are off are those of what stands before the wrong op."""
     model = tiny("llama")
-    session, peer = on(exact(model), "cpu_native"), Peer(model)
+    session, peer = session_of(model, on="cpu_native"), Peer(model)
     wrong(monkeypatch, CPU_RULES, "glu_bwd")
     cases = list(compare(session, peer, truth=peer.widened(), paddings=("none",)))
     assert [case.mode for case in cases if not case.holds] == ["gradients"]

@@ -18,7 +18,7 @@ from smedjan.cli import app
 from smedjan.hf.parity import compare
 from smedjan.hf.peer import Peer
 from smedjan.hf.peer_trace import Trace
-from tests.hf.tiny_families import FAMILIES, exact, tiny
+from tests.hf.tiny_families import FAMILIES, session_of, tiny
 
 MODES, PADDINGS, ATTENTIONS = ("logits", "gradients", "decode"), ("none", "left", "right"), ("sdpa", "eager")
 
@@ -165,7 +165,7 @@ def test_a_silent_fallback_is_a_refusal(tmp_path, monkeypatch):
 def test_texts_go_past_the_window_or_say_so(tmp_path):
     """Prefill and decode both cross it, and one text begins short of it; what does not fit is listed."""
     model = tiny("mistral", sliding_window=20)
-    session, peer = exact(model), Peer(model)
+    session, peer = session_of(model), Peer(model)
     assert module._prefills(session.config, 128) == (24, 19)
     assert all(case.equal and case.seq == 24 for case in compare(session, peer))
     directory = save(model, tmp_path / "mistral")
@@ -201,7 +201,7 @@ LONG = {
 def test_rope_that_changes_with_the_length(family, changes, prefills):
     """Both sides of the switch and a decode across it. The peer's table has no memory of the text before."""
     model = tiny(family, **changes)
-    session = exact(model)
+    session = session_of(model)
     assert module._prefills(session.config, 128) == prefills
     for _ in range(2):
         assert [case.name for case in compare(session, Peer(model)) if not case.equal] == []
@@ -212,7 +212,7 @@ def test_rope_that_changes_with_the_length(family, changes, prefills):
 def test_live_models_of_every_kind(family, dtype):
     """Without files: a session and a model, one after the other."""
     model = tiny(family, dtype=dtype)
-    cases = list(compare(exact(model), Peer(model), paddings=("left",)))
+    cases = list(compare(session_of(model), Peer(model), paddings=("left",)))
     assert [case.mode for case in cases] == list(MODES)
     assert [case.name for case in cases if not case.equal] == []
 
@@ -221,7 +221,7 @@ def test_a_parameter_without_a_gradient_has_zeros():
     """transformers leaves none where the loss reads nothing of a parameter; nor do we, and neither is a difference."""
     model = tiny("llama")
     model.model.spare = torch.nn.Linear(4, 4)
-    session = exact(model)
+    session = session_of(model)
     assert "model.spare.weight" in session.parameters
     cases = {case.mode: case for case in compare(session, Peer(model), paddings=("none",))}
     assert cases["gradients"].equal
@@ -234,7 +234,7 @@ def test_a_parameter_without_a_gradient_has_zeros():
 def test_a_widened_peer_narrows_nothing(family):
     """Not one float of a run, its backward pass or its decoding is narrower than float64."""
     peer = Peer(tiny(family, dtype="bfloat16")).widened()
-    config, made = exact(tiny(family)).config, set()
+    config, made = session_of(tiny(family)).config, set()
     batch = module._rows(config, "left", 0, 12)
     with Trace(lambda call: made.add(call.tensor.dtype)):
         peer.run(batch, (12,))
@@ -246,7 +246,7 @@ def test_a_widened_peer_sees_what_float32_cannot(family):
     """A weight moved by some 1e-10 of itself, and by twice that: the logits follow in proportion. Those of
     transformers' model in float64 alone do not, since it rounds to float32 on its way."""
     model = tiny(family)
-    batch = module._rows(exact(model).config, "none", 0, 12)
+    batch = module._rows(session_of(model).config, "none", 0, 12)
 
     def follows(peer):
         weight = next(p for name, p in peer.model.named_parameters() if "layers.0" in name and p.ndim > 1)

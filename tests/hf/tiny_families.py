@@ -1,16 +1,13 @@
-"""Tiny random models of several families in transformers, and exact sessions over copies of their weights."""
+"""Calm little models of eleven families, of three layers: what parity and bisection are tried on."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from smedjan.models.registry import read_config
-from smedjan.runtime.select import backend
 from smedjan.runtime.session import Session
+from tests.families import make_model, make_session_of
 
 _IDS = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 _COMMON = {
@@ -39,34 +36,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def tiny(family: str, *, dtype: str = "float32", attention: str = "eager", **changes: Any) -> PreTrainedModel:
-    """Every weight random. inv_freq stays float32, as from_pretrained keeps it."""
-    config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.2)
-        else:
-            torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.1)
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers() if "inv_freq" in name}
-    model = model.to(getattr(torch, dtype))
-    for name, buffer in kept.items():
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, buffer)
-    return model
+    return make_model(family, {**FAMILIES[family], **changes}, dtype=dtype, attention=attention, calm=True)
 
 
-def exact(model: PreTrainedModel, *, attention: str = "eager", **changes: Any) -> Session:
+def session_of(
+    model: PreTrainedModel, *, attention: str = "eager", on: str = "torch_reference", **changes: Any
+) -> Session:
     """`changes` edit its config.json, for mutations."""
-    data = {**model.config.to_dict(), "architectures": [type(model).__name__], **changes}
-    parameters = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    dtype = str(model.dtype).removeprefix("torch.")
-    config = read_config(data, Path("config.json"))
-    return Session(backend("torch_reference"), config, parameters, dtype, attention=attention)
-
-
-def on(session: Session, name: str) -> Session:
-    """The same weights on a fast backend."""
-    chosen = backend(name)
-    arrays = {key: chosen.from_raw(session.backend.to_raw(array)) for key, array in session.parameters.items()}
-    return Session(chosen, session.config, arrays, session.dtype, attention=session.attention)
+    return make_session_of(model, attention=attention, on=on, **changes)
