@@ -54,6 +54,10 @@ def test_quickstart(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert "OUT OF" not in printed["parity"]
     assert (folder / "run" / "report.html").stat().st_size > 1000
     assert (folder / "merged" / "config.json").is_file()
+    assert (folder / "parity.html").read_text().startswith("<!doctype html>")
+    assert "2 of 2 equal to the bit" in printed["families"]
+    assert (folder / "merged.gguf").read_bytes()[:4] == b"GGUF"
+    assert (folder / "merged.Modelfile").read_text().startswith("FROM ./merged.gguf")
 
 
 STEP = {"step", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "tokens_per_s", "peak_bytes"}
@@ -77,12 +81,23 @@ TRAIN = ["finetune", "--model", "downloaded", "--data", "rows.jsonl", "--train.s
             ["import", "downloaded", "json-import"],
             {
                 *("model_type", "parameters", "dtype", "source_quantization"),
-                *("missing", "unexpected", "tied", "files"),
+                *("missing", "unexpected", "tied", "sources", "files", "notes"),
             },
             False,
         ),
+        (
+            ["export", "downloaded", "json.gguf", "--type", "F32"],
+            {"out", "model_type", "architecture", "type", "parameters", "bytes", "types", "files", "notes"},
+            False,
+        ),
+        (
+            ["parity", "downloaded", "--dtype", "float32", "--attention", "eager"],
+            {"model_type", "layers", "cases", "skipped", "html"},
+            True,
+        ),
+        (["families", "--family", "gpt2"], {"rows", "skipped"}, True),
     ],
-    ids=["info", "graph", "plan", "finetune", "generate", "import"],
+    ids=["info", "graph", "plan", "finetune", "generate", "import", "export", "parity", "families"],
 )
 def test_json_keys_are_frozen(
     words: list[str],
