@@ -1,55 +1,47 @@
-"""Time of each Triton kernel on an NVIDIA GPU, beside its roofline and torch's own kernels: one JSON file a run.
+"""Time of each Triton kernel on an NVIDIA GPU, beside its roofline and its peers: rows of bench/results' JSON.
 
-`python bench/gpu_kernels.py RESULTS_DIR [--tests passed|failed]`, usually through `bench/gpu.sh`. A kernel here waits
-for memory: its roofline is the bytes it must move over the bandwidth that a plain copy reached in the same run. The
-fused head is bound by cuBLAS: its roofline is 6 R V D FLOPs over the rate of a plain matmul. Times are medians of
-triton.testing.do_bench, which clears the L2 cache between repetitions.
+`python bench/gpu_kernels.py RESULTS.json`, usually through `bench/gpu.sh`. An op's roofline is the larger of two times:
+the bytes that it must move (its graph op's cost: every input and output once) over the bandwidth that a plain copy
+reached in the same run, and its FLOPs over the rate of a plain matrix product. Peers are torch's own functions, what
+torch.compile makes of them, and Liger Kernel where it imports. Times are medians of triton.testing.do_bench, which
+clears the L2 cache between repetitions; launches are written down before they are timed, as in a run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import re
-import subprocess
-import tempfile
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from datetime import date
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
-import triton
+from gpu_result import merge
 from torch import Tensor
 from torch.nn import functional
 from triton.testing import do_bench
 
-from smedjan.backends.cuda_triton.glu import glu, glu_bwd
-from smedjan.backends.cuda_triton.loss import cross_entropy, cross_entropy_bwd, linear_cross_entropy
-from smedjan.backends.cuda_triton.norm import rms_norm, rms_norm_bwd
-from smedjan.backends.cuda_triton.optimizer import adamw_update, global_norm
-from smedjan.backends.cuda_triton.rope import rope
+from smedjan.backends.cuda_triton.apply import apply, node_of, prepare
 
 ROWS = 8192
 """Tokens of a step."""
 
-MODELS = (("SmolLM2-135M", 576, 1536, 9, 64, 49152), ("Llama-3.1-8B", 4096, 14336, 32, 128, 128256))
-"""hidden_size, intermediate_size, heads, head_dim, vocab_size."""
+Call = Callable[[], object]
+Peers = dict[str, Call]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is timed: ours, torch's way to the same result, and the least work that either must do."""
+    """`ins` and `attrs` of one op, and the peers' way to the same results. `causal` halves attention's FLOPs."""
 
     op: str
     shape: str
-    ours: Callable[[], object]
-    peer: str
-    theirs: Callable[[], object]
-    moved: int = 0
-    """Bytes; 0: bound by `flops`."""
-    flops: int = 0
+    ins: tuple[Any, ...]
+    attrs: dict[str, Any] = field(default_factory=dict)
+    peers: Peers = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,169 +51,203 @@ class Row:
     op: str
     shape: str
     ms: float
-    peer: str
-    peer_ms: float
     roofline: float
-    roofline_of: str
+    bound: str
+    peers: dict[str, float]
 
 
-def bf16(*shape: int) -> Tensor:
-    return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+def bf16(*shape: int, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, dtype=torch.bfloat16, device="cuda") * scale
 
 
-def _norm_cases(width: int) -> Iterator[Case]:
-    x, weight, dy, acc = bf16(ROWS, width), bf16(width), bf16(ROWS, width), bf16(ROWS, width)
-    _, rstd = rms_norm(x, weight, eps=1e-5)
-    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-    y = functional.rms_norm(leaves[0], (width,), leaves[1], 1e-5)
+def both(function: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor | None = None) -> Peers:
+    """torch's forward, eager and compiled; with `dy`, its backward alone."""
+    if dy is None:
+        return {"torch": partial(function, *inputs), "torch.compile": partial(torch.compile(function), *inputs)}
+    peers: Peers = {}
+    for name, made in (("torch", function), ("torch.compile", torch.compile(function))):
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        y = made(*leaves)
+        peers[name] = partial(torch.autograd.grad, y, leaves, dy, retain_graph=True)
+    return peers
+
+
+def liger(function: str, *inputs: Any) -> Peers:
+    """Liger's autograd function's forward, where Liger is installed."""
+    if find_spec("liger_kernel") is None:
+        return {}
+    import liger_kernel.transformers.functional as theirs
+
+    return {"liger": partial(getattr(theirs, function), *inputs)}
+
+
+def norm_cases(width: int) -> Iterator[Case]:
+    x, weight, delta, dy = bf16(ROWS, width), bf16(width), bf16(ROWS, width), bf16(ROWS, width)
+    _, rstd = apply("rms_norm", x, weight, eps=1e-5)
     shape = f"{ROWS} x {width}"
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        return functional.rms_norm(x, (width,), weight, 1e-5)
+
+    peers = {**both(plain, [x, weight]), **liger("liger_rms_norm", x, weight, 1e-5)}
+    yield Case(op="rms_norm", shape=shape, ins=(x, weight), attrs={"eps": 1e-5}, peers=peers)
+    attrs = {"needs": (True, True), "eps": 1e-5, "weight_cast": "before", "offset": 0.0}
     yield Case(
-        op="rms_norm",
-        shape=shape,
-        ours=lambda: rms_norm(x, weight, eps=1e-5),
-        peer="F.rms_norm",
-        theirs=lambda: functional.rms_norm(x, (width,), weight, 1e-5),
-        moved=2 * x.nbytes,
+        op="rms_norm_bwd", shape=shape, ins=(x, weight, rstd, dy, None), attrs=attrs, peers=both(plain, [x, weight], dy)
     )
-    yield Case(
-        op="rms_norm_bwd",
-        shape=shape,
-        ours=lambda: rms_norm_bwd(x, weight, rstd, dy, acc, needs=(True, True), eps=1e-5),
-        peer="autograd of F.rms_norm, then add",
-        theirs=lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True)[0].add_(acc),
-        moved=4 * x.nbytes,
-    )
+    fused = both(lambda x, delta, weight: plain(x + delta, weight), [x, delta, weight])
+    yield Case(op="add_rms_norm", shape=shape, ins=(x, delta, weight), attrs={"eps": 1e-5}, peers=fused)
 
 
-def _rope_case(heads: int, dim: int) -> Case:
-    x = bf16(4, ROWS // 4, heads, dim).transpose(1, 2)
-    cos, sin = bf16(1, ROWS // 4, dim), bf16(1, ROWS // 4, dim)
+def rope_cases(heads: int, groups: int, dim: int) -> Iterator[Case]:
+    tokens = ROWS // 4
+    stacked = bf16(4, tokens, heads + groups, dim).transpose(1, 2)
+    q, k = stacked[:, :heads], stacked[:, heads:]
+    cos, sin = bf16(1, 1, tokens, dim), bf16(1, 1, tokens, dim)
 
-    def eager() -> Tensor:
+    def turned(x: Tensor) -> Tensor:
         first, second = x.chunk(2, dim=-1)
-        return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+        return x * cos + torch.cat([-second, first], dim=-1) * sin
 
-    return Case(
-        op="rope",
-        shape=f"4 x {heads} x {ROWS // 4} x {dim}",
-        ours=lambda: rope(x, cos, sin),
-        peer="transformers' sequence, eager",
-        theirs=eager,
-        moved=2 * x.nbytes,
-    )
+    peers = both(lambda q, k: (turned(q), turned(k)), [q, k])  # type: ignore[arg-type,return-value]
+    shape = f"4 x {heads} + {groups} x {tokens} x {dim}"
+    yield Case(op="qk_norm_rope", shape=shape, ins=(q, k, None, None, cos, sin), peers=peers)
 
 
-def _glu_cases(width: int) -> Iterator[Case]:
+def glu_cases(width: int) -> Iterator[Case]:
     gate, up, dy = bf16(ROWS, width), bf16(ROWS, width), bf16(ROWS, width)
-    leaves = [gate.clone().requires_grad_(), up.clone().requires_grad_()]
-    y = functional.silu(leaves[0]) * leaves[1]
+
+    def plain(gate: Tensor, up: Tensor) -> Tensor:
+        return functional.silu(gate) * up
+
+    shape = f"{ROWS} x {width}"
+    peers = {**both(plain, [gate, up]), **liger("liger_swiglu", gate, up)}
+    yield Case(op="glu", shape=shape, ins=(gate, up), attrs={"act": "silu"}, peers=peers)
+    attrs = {"needs": (True, True), "act": "silu"}
+    yield Case(op="glu_bwd", shape=shape, ins=(gate, up, dy), attrs=attrs, peers=both(plain, [gate, up], dy))
+
+
+def attention_cases(batch: int, heads: int, groups: int, tokens: int, dim: int) -> Iterator[Case]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = (bf16(batch, tokens, count, dim).transpose(1, 2) for count in (heads, groups, groups))
+    dy, scale = bf16(batch, tokens, heads, dim).transpose(1, 2), dim**-0.5
+    y, lse = apply("flash_attention", q, k, v, None, None, None, None, scale=scale)
+    times = heads // groups
+    wide = [q, k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)]
+    forward: Peers = {}
+    backward: Peers = {}
+    for name, kind in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
+
+        def plain(q: Tensor, k: Tensor, v: Tensor, kind: Any = kind) -> Tensor:
+            with sdpa_kernel(kind):
+                return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        leaves = [tensor.detach().requires_grad_() for tensor in wide]
+        try:
+            made = plain(*leaves)
+        except RuntimeError as problem:  # torch's word for a backend that this build or GPU lacks
+            print(f"{name}: {problem}")
+            continue
+        forward[name] = partial(plain, *wide)
+        backward[name] = partial(torch.autograd.grad, made, leaves, dy, retain_graph=True)
+    shape = f"{batch} x {heads}/{groups} x {tokens} x {dim}"
+    ins = (q, k, v, None, None, None, None)
+    yield Case(op="flash_attention", shape=shape, ins=ins, attrs={"scale": scale}, peers=forward)
+    attrs = {"scale": scale, "causal": True, "window": 0, "cap": 0.0}
+    yield Case(op="flash_attention_bwd", shape=shape, ins=(dy, *ins, y, lse), attrs=attrs, peers=backward)
+
+
+def loss_cases(width: int, vocab: int) -> Iterator[Case]:
+    rows = 4096
+    x, weight, labels = bf16(rows, width), bf16(vocab, width, scale=0.02), torch.randint(0, vocab, (rows,)).cuda()
+    items = torch.tensor(float(rows), device="cuda")
+    leaves = [x.detach().requires_grad_(), weight.detach().requires_grad_()]
+
+    def plain() -> object:
+        loss = functional.cross_entropy((leaves[0] @ leaves[1].T).float(), labels, reduction="sum") / rows
+        return torch.autograd.grad(loss, leaves)
+
+    def products() -> None:
+        logits = x @ weight.T
+        _ = logits @ weight
+        _ = logits.T @ x
+
+    peers: Peers = {"torch": plain, "its three products": products}
+    if find_spec("liger_kernel") is not None:
+        import liger_kernel.transformers.functional as theirs
+
+        def fused() -> object:
+            loss = theirs.liger_fused_linear_cross_entropy(leaves[0], leaves[1], labels)
+            return torch.autograd.grad(loss[0] if isinstance(loss, tuple) else loss, leaves)
+
+        peers["liger"] = fused
+    shape = f"{rows} x {width} x {vocab}"
     yield Case(
-        op="glu",
-        shape=f"{ROWS} x {width}",
-        ours=lambda: glu(gate, up),
-        peer="F.silu, then mul",
-        theirs=lambda: functional.silu(gate) * up,
-        moved=3 * gate.nbytes,
-    )
-    yield Case(
-        op="glu_bwd",
-        shape=f"{ROWS} x {width}",
-        ours=lambda: glu_bwd(gate, up, dy, needs=(True, True)),
-        peer="autograd",
-        theirs=lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True),
-        moved=5 * gate.nbytes,
+        op="linear_cross_entropy", shape=shape, ins=(x, weight, labels, items), attrs={"grads": "xw"}, peers=peers
     )
 
 
-def _loss_cases(width: int, vocab: int) -> Iterator[Case]:
-    rows = 2048
-    logits, labels = bf16(rows, vocab), torch.randint(0, vocab, (rows,), device="cuda")
-    # dlogits replace the logits: timed over and over they drift towards 0, which costs the same.
-    given, (_, lse) = logits.clone(), cross_entropy(logits, labels)
-    leaf = logits.clone().requires_grad_()
-    total = functional.cross_entropy(leaf.float(), labels, reduction="sum")
-    shape = f"{rows} x {vocab}"
-    yield Case(
-        op="cross_entropy",
-        shape=shape,
-        ours=lambda: cross_entropy(logits, labels),
-        peer="F.cross_entropy of logits.float()",
-        theirs=lambda: functional.cross_entropy(logits.float(), labels, reduction="none"),
-        moved=logits.nbytes,
-    )
-    yield Case(
-        op="cross_entropy_bwd",
-        shape=shape,
-        ours=lambda: cross_entropy_bwd(given, labels, lse, 1.0),
-        peer="autograd",
-        theirs=lambda: torch.autograd.grad(total, leaf, retain_graph=True),
-        moved=2 * logits.nbytes,
-    )
-    x, weight = bf16(rows, width), bf16(vocab, width)
-    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+def lora_cases(width: int, outs: tuple[int, ...], rank: int) -> Iterator[Case]:
+    """qkv with adapters: the peer is peft's sequence."""
+    x = bf16(ROWS, width)
+    weights = [bf16(out, width, scale=width**-0.5) for out in outs]
+    downs = [torch.randn(rank, width, device="cuda") for _ in outs]
+    ups = [torch.randn(out, rank, device="cuda") for out in outs]
 
-    def eager() -> tuple[Tensor, ...]:
-        made = functional.cross_entropy((leaves[0] @ leaves[1].T).float(), labels, reduction="sum") / rows
-        return torch.autograd.grad(made, leaves)
+    def plain() -> list[Tensor]:
+        return [
+            (x @ w.T + ((x.float() @ a.T) @ b.T) * 2.0).to(x.dtype) for w, a, b in zip(weights, downs, ups, strict=True)
+        ]
 
     yield Case(
-        op="linear_cross_entropy",
-        shape=f"{rows} x {width} x {vocab}",
-        ours=lambda: linear_cross_entropy(x, weight, labels, rows, needs=(True, True)),
-        peer="matmul, F.cross_entropy, autograd",
-        theirs=eager,
-        flops=6 * rows * width * vocab,
+        op="lora_linear_group",
+        shape=f"{ROWS} x {width} -> {'+'.join(map(str, outs))}, r {rank}",
+        ins=(x, *weights, *downs, *ups),
+        attrs={"adapted": (True,) * len(outs), "biased": False, "scaling": 2.0},
+        peers={"peft's sequence": plain, "the base's product": lambda: x @ torch.cat(weights).T},
     )
 
 
-def _optimizer_cases(numel: int) -> Iterator[Case]:
+def optimizer_cases(numel: int) -> Iterator[Case]:
     param, grad, exp_avg, exp_avg_sq = torch.randn(4, numel, device="cuda").unbind()
-    exp_avg_sq = exp_avg_sq.square()
+    params = [tensor.clone() for tensor in (param, grad, exp_avg, exp_avg_sq.square())]
     leaf = param.clone().requires_grad_()
     leaf.grad = grad
     fused = torch.optim.AdamW([leaf], lr=1e-3, fused=True)
+    attrs = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
     yield Case(
         op="adamw_update",
         shape=f"{numel} float32",
-        ours=lambda: adamw_update(
-            param,
-            grad,
-            exp_avg,
-            exp_avg_sq,
-            lr=1e-3,
-            beta1=0.9,
-            beta2=0.999,
-            eps=1e-8,
-            weight_decay=0.01,
-            bias_correction1=0.5,
-            bias_correction2=0.5,
-        ),
-        peer="torch.optim.AdamW(fused=True)",
-        theirs=fused.step,
-        moved=7 * param.nbytes,
+        ins=(*params, 1e-3, 7, None),
+        attrs=attrs,
+        peers={"torch.optim.AdamW(fused=True)": fused.step},
     )
     yield Case(
         op="global_norm",
         shape=f"{numel} float32",
-        ours=lambda: global_norm(grad),
-        peer="torch.linalg.vector_norm",
-        theirs=lambda: torch.linalg.vector_norm(grad),
-        moved=grad.nbytes,
+        ins=(grad,),
+        peers={"torch": lambda: torch.linalg.vector_norm(grad)},
     )
 
 
 def cases() -> Iterator[Case]:
-    """One model's at a time: the tensors of a case live as long as the generator stays there."""
-    for _, hidden, intermediate, heads, dim, vocab in MODELS:
-        yield from _norm_cases(hidden)
-        yield _rope_case(heads, dim)
-        yield from _glu_cases(intermediate)
-        yield from _loss_cases(hidden, vocab)
-        yield from _optimizer_cases(hidden * intermediate)
+    """SmolLM2-135M's and Llama-3-8B's shapes; one case's arrays at a time."""
+    for hidden, intermediate, heads, groups, dim, vocab in (
+        (576, 1536, 9, 3, 64, 49152),
+        (4096, 14336, 32, 8, 128, 128256),
+    ):
+        yield from norm_cases(hidden)
+        yield from rope_cases(heads, groups, dim)
+        yield from glu_cases(intermediate)
+        yield from attention_cases(2, heads, groups, 4096, dim)
+        yield from loss_cases(hidden, vocab)
+        yield from lora_cases(hidden, (heads * dim, groups * dim, groups * dim), 16)
+    yield from optimizer_cases(2**26)
 
 
-def median_ms(call: Callable[[], object]) -> float:
-    return float(do_bench(call, warmup=25, rep=150, return_mode="median"))
+def median_ms(call: Call) -> float:
+    return float(do_bench(call, warmup=20, rep=80, return_mode="median"))
 
 
 def peaks() -> tuple[float, float]:
@@ -234,71 +260,42 @@ def peaks() -> tuple[float, float]:
 
 
 def timed(case: Case, copy: float, matmul: float) -> Row:
-    ms, peer_ms = median_ms(case.ours), median_ms(case.theirs)
-    bound = case.moved / copy if case.moved else case.flops / matmul
-    return Row(
-        op=case.op,
-        shape=case.shape,
-        ms=ms,
-        peer=case.peer,
-        peer_ms=peer_ms,
-        roofline=bound / (ms * 1e-3),
-        roofline_of="copy" if case.moved else "matmul",
-    )
+    cost = node_of(case.op, case.ins, case.attrs)
+    work = cost.op.cost(cost)
+    calls, _ = prepare(case.op, *case.ins, **case.attrs)
 
+    def ours() -> None:
+        for call in calls:
+            call()
 
-def commit() -> str:
-    """The commit that ran, where git is there to say."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-
-def write(result: dict[str, object], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    ms = median_ms(ours)
+    bounds = {"copy": work.bytes / copy, "matmul": work.flops / matmul}
+    bound = max(bounds, key=bounds.__getitem__)
+    peers = {name: median_ms(call) for name, call in case.peers.items()}
+    return Row(op=case.op, shape=case.shape, ms=ms, roofline=bounds[bound] / (ms * 1e-3), bound=bound, peers=peers)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path, help="folder for <device>-<date>.json")
-    parser.add_argument("--tests", choices=("passed", "failed", "not run"), default="not run")
+    parser.add_argument("results", type=Path, help="JSON file of this run, which is added to")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("no CUDA device: nothing measured")
         return 2
     torch.manual_seed(0)
-    device = torch.cuda.get_device_name()
     copy, matmul = peaks()
-    print(f"{device}: copy {copy / 1e12:.2f} TB/s, bf16 matmul {matmul / 1e12:.0f} TFLOP/s")
+    print(f"copy {copy / 1e12:.2f} TB/s, bf16 matmul {matmul / 1e12:.0f} TFLOP/s")
     rows: list[Row] = []
     for case in cases():
         row = timed(case, copy, matmul)
         rows.append(row)
-        against = f"{row.peer_ms:8.3f} ms {row.peer}"
-        print(f"{row.op:22}{row.shape:24}{row.ms:8.3f} ms  {row.roofline:5.0%} of {row.roofline_of:7}{against}")
-    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    path = arguments.results / f"{name}-{date.today().isoformat()}.json"
-    result = {
-        "device": device,
-        "date": date.today().isoformat(),
-        "commit": commit(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "tests": arguments.tests,
-        "copy_bytes_per_s": copy,
-        "matmul_flop_per_s": matmul,
-        "rows": [asdict(row) for row in rows],
-    }
-    write(result, path)
-    print(f"wrote {path}")
+        peers = "".join(f"{ms:9.3f} {name}" for name, ms in row.peers.items())
+        print(f"{row.op:22}{row.shape:32}{row.ms:9.3f} ms {row.roofline:5.0%} of {row.bound:7}{peers}", flush=True)
+        assert math.isfinite(row.ms)
+        merge(
+            arguments.results,
+            {"copy_bytes_per_s": copy, "matmul_flop_per_s": matmul, "kernels": [asdict(row) for row in rows]},
+        )
     return 0
 
 

@@ -144,7 +144,10 @@ def load(
 
 
 def merge(base: str | Path, adapter: str | Path, out: str | Path, *, dtype: str | None = None) -> MergeReport:
-    """A new model directory with the adapter's product added to the weights, in float32, rounded once."""
+    """A new model directory with the adapter's product added to the weights, in float32, rounded once.
+
+    The base is the model as it is stored, also for an adapter that was trained on its 4-bit weights (`qlora`).
+    """
     files = open_model(base)
     lora, tensors = read_adapter(Path(adapter))
     chosen = dtype or files.dtype

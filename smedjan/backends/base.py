@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from smedjan.checkpoint.raw import RawTensor
+from smedjan.errors import ConfigError
 from smedjan.graph.lowering import RuleTable
 from smedjan.graph.node import Graph
 from smedjan.graph.program import Program
@@ -42,9 +43,33 @@ class Backend(ABC):
         """A host scalar as lowerings expect it (learning rate, step, cache position)."""
         return value
 
-    def program(self, graph: Graph) -> Program:
-        """Lowers a finished graph; a backend may return a compiled subclass."""
+    def pool(self, memory: int | None = None, reserved: int = 0) -> Any:
+        """Memory that the programs of one session share, for backends that plan it: of `memory` bytes (None: all that
+        the device has) what is left beside `reserved` ones (an optimizer's state)."""
+        return None
+
+    def batch(self, raw: RawTensor) -> Array:
+        """An array that a program reads once: tokens, labels, a count."""
+        return self.from_raw(raw)
+
+    def fuse(self, graph: Graph) -> Graph:
+        """A forward graph with the ops that the backend has in place of the smaller ones that they are made of."""
+        return graph
+
+    def program(self, graph: Graph, pool: Any = None) -> Program:
+        """Lowers a finished graph; a backend may fuse it once more and return a compiled subclass."""
         return Program(graph, self.rules)
+
+    def fp8_measure(self, *, field: str) -> Callable[[Array, Array], float]:
+        """(x, W) -> |fp8_linear(x, W) - x W^T| / |x W^T|: what products of 8-bit floats cost a layer.
+
+        A backend or device that has none raises ConfigError for `field`, which asked for them.
+        """
+        raise ConfigError(
+            f"{self.name} has no products of 8-bit floats",
+            field=field,
+            remedy="give --backend cuda_triton, or leave it out",
+        )
 
     def peak_memory(self) -> int:
         """Peak resident or device bytes since `reset_peak_memory`, or of the process where that cannot be reset."""

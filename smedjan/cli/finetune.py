@@ -43,11 +43,15 @@ def finetune(
 
 
 def _plan(wanted: FinetuneConfig) -> Outcome:
+    from smedjan.train import fp8
     from smedjan.train.plan import plan
 
     made = plan(wanted)
     rows = [(str(row["op"]), str(row["count"]), str(row["lowering"])) for row in made.ops]
-    return Outcome(fields=vars(made), text=f"{table(('op', 'count', 'lowering'), rows)}\n{summary(vars(made))}")
+    text = f"{table(('op', 'count', 'lowering'), rows)}\n{summary(vars(made))}"
+    if made.fp8:
+        text += f"\n{fp8.line(fp8.summary(made.fp8), on='inputs of a unit normal')}"
+    return Outcome(fields=vars(made), text=text)
 
 
 def _listener(wanted: FinetuneConfig, common: Common) -> Any:

@@ -26,6 +26,16 @@ def graph(
         Literal["float32", "bfloat16"] | None, Parameter(help="of the computation (default: as stored)")
     ] = None,
     attention: Annotated[Literal["sdpa", "eager"], Parameter(help="of transformers")] = "sdpa",
+    method: Annotated[Literal["full", "lora", "qlora"], Parameter(help="what the step trains")] = "full",
+    packing: Annotated[
+        bool, Parameter(negative=(), show_default=False, help="rows that hold several documents each")
+    ] = False,
+    fp8: Annotated[
+        bool, Parameter(negative=(), show_default=False, help="linear layers in 8-bit floats (full, cuda_triton)")
+    ] = False,
+    memory: Annotated[
+        str | None, Parameter(help="of the device, such as 24GB: what does not fit is recomputed or offloaded")
+    ] = None,
     common: Common = COMMON,
 ) -> Outcome:
     """The graph of a model's training step, as its backend runs it, and what that costs. Nothing is computed.
@@ -33,11 +43,11 @@ def graph(
     Example: smedjan graph smollm2 --plan --backend torch_reference
     """
     from smedjan.checkpoint.raw import specs_of
+    from smedjan.checkpoint.sizes import parse_size
     from smedjan.graph.printer import lines
     from smedjan.hf.load import COMPUTED, open_model
-    from smedjan.models.decoder import Form
     from smedjan.runtime.select import backend as select_backend
-    from smedjan.runtime.session import Session
+    from smedjan.train.plan import step_of
 
     for name, value in (("batch-size", batch_size), ("length", length)):
         if value < 1:
@@ -46,28 +56,43 @@ def graph(
     chosen = dtype or files.dtype
     if chosen not in COMPUTED:
         raise ConfigError(f"{chosen} is not computed in", field="dtype", remedy=f"give --dtype {' or '.join(COMPUTED)}")
-    session = Session(backend, files.config, {}, chosen, attention=attention)
-    form = Form(batch=batch_size, seq=length, dtype=chosen, attention=attention)
-    if forward:
-        program = session.logits_program(form)
-    else:
-        rows = 0 if backend.exact else batch_size * length
-        program = session.micro_program(Form(**{**vars(form), "rows": rows}), list(files.tensors))
-    ops = program.lowerings()
+    programs = step_of(
+        files.config,
+        backend,
+        dtype=chosen,
+        attention=attention,
+        batch=batch_size,
+        length=length,
+        method=None if forward else method,
+        packing=packing,
+        fp8=fp8,
+        memory=None if memory is None else parse_size(memory, "memory"),
+    )
+    program = programs[0]
+    ops = [row for each in programs for row in each.lowerings()]
+    launches = {name: count for each in programs for name, count in each.launches().items()}
+    memory_rows = [row for each in programs for row in each.memory()]
     fields = {
         "backend": backend.name,
         "device": backend.device,
         "exact": backend.exact,
         "plan_hash": program.plan_hash,
         "parameters": sum(spec.numel for spec in specs_of(files.tensors).values()),
-        "nodes": len(program.calls),
-        "flops_per_token": program.cost.flops // (batch_size * length),
+        "nodes": sum(len(each.calls) for each in programs),
+        "flops_per_token": sum(each.cost.flops for each in programs) // (batch_size * length),
         "planned_bytes": program.peak_bytes,
         "ops": ops,
+        "memory": memory_rows,
+        "launches": launches,
     }
     if plan:
         rows_of_text = [(str(row["op"]), str(row["count"]), str(row["lowering"])) for row in ops]
         body = table(("op", "count", "lowering"), rows_of_text)
+        kept = [(str(row["what"]), str(row["of"]), str(row["bytes"])) for row in memory_rows]
+        if kept:
+            body += "\n\n" + table(("not kept", "of", "bytes"), kept)
+        if launches:
+            body += f"\n\n{sum(launches.values()):,} launches"
     else:
         body = "\n".join(lines(program.graph, fold=not unfold))
     return Outcome(fields=fields, text=f"{body}\n{summary(fields)}")

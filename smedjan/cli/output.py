@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from smedjan.cli.doctor import installed
+from smedjan.errors import ConfigError
 
 SCHEMA = 1
 """Of the JSON: rises when a key goes away or changes its meaning; new keys do not raise it."""
@@ -32,6 +34,22 @@ class Common:
     backend: Annotated[
         str, Parameter(help="auto, torch_reference (exact), cpu_native, cuda_triton or mlx_metal (fast)")
     ] = "auto"
+    interpret: Annotated[
+        bool,
+        Parameter(
+            negative=(),
+            show_default=False,
+            help="cuda_triton without a GPU: Triton's interpreter runs the very launches, slowly",
+        ),
+    ] = False
+
+    def __post_init__(self) -> None:
+        if not self.interpret:
+            return
+        if self.backend != "cuda_triton":
+            raise ConfigError("is for Triton's kernels", field="interpret", remedy="give --backend cuda_triton too")
+        # Before anything imports triton, which reads this once.
+        os.environ["TRITON_INTERPRET"] = "1"
 
     def note(self, text: str) -> None:
         """A line for the person who waits, on stderr."""

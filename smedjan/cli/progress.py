@@ -34,6 +34,11 @@ class Bar:
     def __call__(self, event: dict[str, Any]) -> None:
         # From the first event on: an error before it is one line, without an empty bar above
         self._progress.start()
+        if "fp8" in event:
+            from smedjan.train.fp8 import line
+
+            self._progress.console.print(line(event["fp8"], on="the first batch"), highlight=False)
+            return
         if "eval_loss" in event:
             self._progress.console.print(f"step {event['step']}: eval loss {event['eval_loss']:.4f}", highlight=False)
             return

@@ -41,7 +41,8 @@ def grad(
         public = len(node.outputs) - len(node.op.saves)
         outs = Outs(node.outputs[:public], node.outputs[public:])
         with graph.scope(_backward_scope(node)):
-            results = node.op.vjp_rule(dys[:public], node.inputs, outs, needs, acc, **node.attrs)
+            ins = tuple(_remade(tensor) for tensor in node.inputs)
+            results = node.op.vjp_rule(dys[:public], ins, outs, needs, acc, **node.attrs)
             assert len(results) == len(node.inputs), f"{node.op.name}: VJP gave {len(results)} cotangents"
             for index, (tensor, cotangent) in enumerate(zip(node.inputs, results, strict=True)):
                 if tensor is None or cotangent is None or not needs[index]:
@@ -56,6 +57,14 @@ def grad(
 
 def _backward_scope(node: Node) -> str:
     return f"{node.scope}.backward" if node.scope else "backward"
+
+
+def _remade(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or the same computation once more where its op is declared so; unread, it is pruned."""
+    if tensor is None or not tensor.node.op.remade:
+        return tensor
+    node = tensor.node
+    return node.graph.add(node.op, node.inputs, node.attrs, tuple(out.spec for out in node.outputs))[tensor.index]
 
 
 def _depends_on(nodes: list[Node], roots: set[Tensor]) -> set[Tensor]:

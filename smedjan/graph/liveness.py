@@ -31,11 +31,8 @@ def peak_bytes(nodes: Sequence[Node], graph: Graph) -> int:
     peak = alive
     for node, freed in zip(nodes, last_uses(nodes, graph), strict=True):
         if node.op is not INPUT:
-            alive += sum(
-                tensor.nbytes
-                for index, tensor in enumerate(node.outputs)
-                if not (index == 0 and node.op.donates is not None)
-            )
+            updated = {index for index, _ in node.op.donated(node)}
+            alive += sum(tensor.nbytes for index, tensor in enumerate(node.outputs) if index not in updated)
         peak = max(peak, alive)
         alive -= sum(tensor.nbytes for tensor in freed)
     return peak
@@ -49,7 +46,7 @@ def check_donations(nodes: Sequence[Node]) -> None:
             if tensor is not None:
                 last[tensor] = node
     for node in nodes:
-        if node.op.donates is not None:
-            tensor = node.inputs[node.op.donates]
+        for _, index in node.op.donated(node):
+            tensor = node.inputs[index]
             assert tensor is not None
             assert last[tensor] is node, f"{tensor} is donated to {node} but read later by {last[tensor]}"

@@ -49,6 +49,12 @@ class Outs:
 
 Cotangents = Sequence[Tensor | None]
 
+Pairs = tuple[tuple[int, int], ...]
+"""(output, input) by their numbers."""
+
+Donates = int | Callable[..., Pairs]
+"""The input whose buffer the first output takes over, or node -> each output that takes one over, with its input."""
+
 
 @dataclass(eq=False)
 class Op:
@@ -58,8 +64,9 @@ class Op:
     rule: Callable[..., Spec | tuple[Spec, ...]]
     cost_rule: Callable[[Node], int] | None = None
     saves: tuple[str, ...] = ()
-    donates: int | None = None
+    donates: Donates | None = None
     pure: bool = True
+    remade: bool = False
     decomposition: Callable[..., Any] | None = None
     vjp_rule: Callable[..., Cotangents] | None = None
     takes_acc: tuple[int, ...] = ()
@@ -107,6 +114,12 @@ class Op:
 
         return register(function) if function is not None else register
 
+    def donated(self, node: Node) -> Pairs:
+        """(output, input) of each buffer that `node` updates."""
+        if self.donates is None:
+            return ()
+        return self.donates(node) if callable(self.donates) else ((0, self.donates),)
+
     def cost(self, node: Node) -> Cost:
         """By default one FLOP an output element; bytes are always every input and output once."""
         moved = sum(t.nbytes for t in node.inputs if t is not None) + sum(t.nbytes for t in node.outputs)
@@ -127,15 +140,18 @@ def op(
     *,
     cost: Callable[[Any], int] | None = None,
     saves: tuple[str, ...] = (),
-    donates: int | None = None,
+    donates: Donates | None = None,
     pure: bool = True,
+    remade: bool = False,
 ) -> Any:
     """Declares an op from its shape rule (see the module's example).
 
     cost     node -> FLOPs
     saves    names of the trailing outputs that exist for the VJP alone
-    donates  the input whose buffer the first output takes over (in place on torch, a fresh array on MLX)
+    donates  the input whose buffer the first output takes over (in place on torch, a fresh array on MLX), or
+             node -> (output, input) pairs
     pure     False for ops that CSE must not merge
+    remade   a gradient that reads the result makes it again: it is large, and cheap to make from what is kept anyway
     """
 
     def declare(function: Callable[..., Any]) -> Op:
@@ -146,7 +162,8 @@ def op(
             cost_rule=cost,
             saves=saves,
             donates=donates,
-            pure=pure and donates is None,
+            pure=pure and donates is None and not remade,
+            remade=remade,
             doc=inspect.getdoc(function) or "",
             parameters=tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD),
             variadic=any(p.kind is p.VAR_POSITIONAL for p in parameters),

@@ -90,6 +90,14 @@ class Program:
     def peak_bytes(self) -> int:
         return peak_bytes([call.node for call in self.calls], self.graph)
 
+    def memory(self) -> list[dict[str, Any]]:
+        """What is not kept from the forward to the backward pass for want of memory: `[{what, of, bytes}]`."""
+        return []
+
+    def launches(self) -> Counter[str]:
+        """How often a run starts each kernel or library call, by name; empty where a backend does not plan them."""
+        return Counter()
+
     def lowerings(self) -> list[dict[str, Any]]:
         """What ran on what: `[{op, count, lowering}]`, the commonest first."""
         counted = Counter((call.node.op.name, call.label) for call in self.calls)

@@ -16,6 +16,8 @@ ITEMSIZE = {
     "float16": 2,
     "int64": 8,
     "int32": 4,
+    "int8": 1,
+    "uint8": 1,
     "bool": 1,
 }
 FLOATS = ("float64", "float32", "bfloat16", "float16")

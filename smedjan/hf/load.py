@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from smedjan.backends.base import Backend
+from smedjan.checkpoint import nf4
 from smedjan.checkpoint.dtype import convert
 from smedjan.checkpoint.raw import RawTensor, specs_of
 from smedjan.errors import CheckpointError, ConfigError
@@ -67,8 +68,12 @@ def open_session(
     dtype: str | None = None,
     attention: str = "sdpa",
     adapter: Path | None = None,
+    quantized: bool = False,
 ) -> Session:
-    """Weights on the backend. `adapter` is a directory in PEFT's layout, laid beside the frozen weights."""
+    """Weights on the backend. `adapter` is a directory in PEFT's layout, laid beside the frozen weights.
+
+    With `quantized`, the linear weights of the blocks become NF4, from their values in `dtype`, one at a time.
+    """
     chosen = dtype or files.dtype
     if chosen not in COMPUTED:
         raise ConfigError(
@@ -77,7 +82,13 @@ def open_session(
             field="dtype",
             remedy=f"give --dtype {' or '.join(COMPUTED)}",
         )
-    parameters = {name: backend.from_raw(convert(tensor, chosen)) for name, tensor in files.tensors.items()}
+    narrow = files.config.linear_weights() if quantized else ()
+    parameters = {}
+    for name, tensor in files.tensors.items():
+        made = {name: convert(tensor, chosen)}
+        if name in narrow:
+            made = {f"{name}.{suffix}": part for suffix, part in nf4.quantize(made[name]).items()}
+        parameters.update({key: backend.from_raw(raw) for key, raw in made.items()})
     lora = None
     if adapter is not None:
         lora, tensors = read_adapter(adapter)
@@ -93,4 +104,4 @@ def open_session(
                     remedy="give the model that this adapter was trained on",
                 )
         parameters.update({name: backend.from_raw(convert(tensors[name], "float32")) for name in expected})
-    return Session(backend, files.config, parameters, chosen, attention=attention, lora=lora)
+    return Session(backend, files.config, parameters, chosen, attention=attention, lora=lora, quantized=narrow)

@@ -32,7 +32,7 @@ def write_adapter(directory: Path, lora: Lora, tensors: Mapping[str, RawTensor],
         "lora_dropout": lora.dropout,
         "target_modules": sorted(lora.targets),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": lora.transposed,
         "inference_mode": True,
         "init_lora_weights": True,
         "use_rslora": False,
@@ -45,7 +45,7 @@ def write_adapter(directory: Path, lora: Lora, tensors: Mapping[str, RawTensor],
 PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "fan_in_fan_out": (False,),
+    "fan_in_fan_out": (False, True),
     "use_rslora": (False,),
     "use_dora": (False,),
     "modules_to_save": (None, []),
@@ -79,6 +79,7 @@ def read_adapter(directory: Path) -> tuple[Lora, Mapping[str, RawTensor]]:
             dropout=float(config.get("lora_dropout", 0.0)),
             targets=tuple(targets),
             layers=_layers(config.get("layers_to_transform"), file),
+            transposed=config.get("fan_in_fan_out") is True,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
@@ -133,14 +134,15 @@ def merged_weights(
             made[name] = convert(tensor, dtype)
             continue
         a, b = adapter[a_name(module)], adapter[b_name(module)]
-        if (b.shape[0], a.shape[1]) != tensor.shape:
+        adapted = (b.shape[0], a.shape[1])[:: -1 if lora.transposed else 1]
+        if adapted != tensor.shape:
             raise CheckpointError(
-                f"adapts {[b.shape[0], a.shape[1]]}, the weight is {list(tensor.shape)}",
+                f"adapts {list(adapted)}, the weight is {list(tensor.shape)}",
                 field=a_name(module),
                 remedy="give the model that this adapter was trained on",
             )
         delta = to_float32(b).reshape(b.shape) @ to_float32(a).reshape(a.shape) * np.float32(lora.scaling)
-        values = to_float32(tensor).reshape(tensor.shape) + delta
+        values = to_float32(tensor).reshape(tensor.shape) + (delta.T if lora.transposed else delta)
         largest, merged = max(largest, float(np.abs(delta).max())), merged + 1
         wide = RawTensor(dtype="float32", shape=tensor.shape, data=memoryview(values.reshape(-1)).cast("B"))
         made[name] = convert(wide, dtype)

@@ -53,6 +53,9 @@ q, k, v or qkv, then o; q_norm and k_norm; gate and up, gate_up, or up alone (no
 mlp_in before the two parts of a block, attn_out and mlp_out behind them. A role that a family lacks is not computed.
 """
 
+LINEAR_ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
+"""The roles of linear layers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
@@ -159,9 +162,15 @@ class DecoderConfig:
 
     def linear_layers(self) -> tuple[str, ...]:
         """The last parts of the names of a block's linear layers, each once: what adapters are put beside."""
-        roles = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
         modules = self.names.modules
-        return tuple(dict.fromkeys(modules[role].rpartition(".")[2] for role in roles if role in modules))
+        return tuple(dict.fromkeys(modules[role].rpartition(".")[2] for role in LINEAR_ROLES if role in modules))
+
+    def linear_weights(self) -> tuple[str, ...]:
+        """The names of all blocks' linear weights."""
+        roles = [role for role in LINEAR_ROLES if role in self.names.modules]
+        return tuple(
+            f"{self.names.module(layer, role)}.weight" for layer in range(self.num_hidden_layers) for role in roles
+        )
 
     def tied(self) -> dict[str, str]:
         """Names that are another parameter under a second name: {name: parameter}."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import pi, sqrt
 
 from smedjan.graph.op import op, require
+from smedjan.graph.rewrite import backward_by_decomposition
 from smedjan.graph.tensor import Spec, Tensor
 from smedjan.ops.elementwise import add, add_scalar, divide, mul, power, scale, square
 
@@ -80,11 +81,55 @@ def relu_bwd(dy: Tensor, y: Tensor) -> Spec:
     return dy.like()
 
 
-def gelu_new(x: Tensor) -> Tensor:
-    """gelu's tanh form in single operations, each rounded to x's dtype, in transformers' order (NewGELUActivation)."""
+@op(cost=lambda node: 10 * node.inputs[0].numel)
+def gelu_new(x: Tensor) -> Spec:
+    """y = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): gelu's tanh form as transformers' NewGELUActivation has it"""
+    return x.like()
+
+
+@gelu_new.decompose
+def _(x):
+    """In single operations, each rounded to x's dtype, in transformers' order."""
     half = scale(x, factor=0.5)
     inner = scale(add(x, scale(power(x, exponent=3.0), factor=0.044715)), factor=sqrt(2.0 / pi))
     return mul(half, add_scalar(tanh(inner), value=1.0))
+
+
+@gelu_new.vjp
+def _(dys, ins, outs, needs, acc):
+    return (gelu_new_bwd(dys[0], ins[0]),)
+
+
+@op(cost=lambda node: 15 * node.inputs[0].numel)
+def gelu_new_bwd(dy: Tensor, x: Tensor) -> Spec:
+    """dx = dy * d gelu_new(x) / dx"""
+    return dy.like()
+
+
+@op
+def relu2(x: Tensor) -> Spec:
+    """y = max(x, 0)^2 (So et al. 2021)"""
+    return x.like()
+
+
+@relu2.decompose
+def _(x):
+    return square(relu(x))
+
+
+@relu2.vjp
+def _(dys, ins, outs, needs, acc):
+    return (relu2_bwd(dys[0], ins[0]),)
+
+
+@op(cost=lambda node: 2 * node.inputs[0].numel)
+def relu2_bwd(dy: Tensor, x: Tensor) -> Spec:
+    """dx = 2 dy max(x, 0)"""
+    return dy.like()
+
+
+for backward, forward in ((gelu_new_bwd, gelu_new), (relu2_bwd, relu2)):
+    backward_by_decomposition(backward, forward, lambda dy, x: ((x,), {}, (dy,), (True,), (None,)))
 
 
 ACTIVATIONS = {
@@ -94,7 +139,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": lambda x: gelu(x, approximate="tanh"),
     "gelu_new": gelu_new,
     "relu": relu,
-    "relu2": lambda x: square(relu(x)),
+    "relu2": relu2,
 }
 """By their names in `hidden_act`."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from smedjan.graph.op import op, require
 from smedjan.graph.rewrite import backward_by_decomposition
 from smedjan.graph.tensor import Spec, Tensor
-from smedjan.ops.elementwise import add, add_scalar, cast, mul, rsqrt, square, sub
+from smedjan.ops.elementwise import add, add_scalar, cast, mul, rsqrt, scale, square, sub
 
 
 @op
@@ -53,9 +55,13 @@ def _(x, weight, *, eps, weight_cast, offset):
 
 @rms_norm.vjp(takes_acc=(0,))
 def _(dys, ins, outs, needs, acc, **attrs):
-    made = rms_norm_bwd(*ins, outs.saved[0], dys[0], acc[0], needs=needs, **attrs)
-    made = iter(made if isinstance(made, tuple) else (made,))
-    return tuple(next(made) if need else None for need in needs)
+    return _each(rms_norm_bwd(*ins, outs.saved[0], dys[0], acc[0], needs=needs, **attrs), needs)
+
+
+def _each(made: Tensor | tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """What a backward op gave, at the places that `needs` names."""
+    found = iter(made if isinstance(made, tuple) else (made,))
+    return tuple(next(found) if need else None for need in needs)
 
 
 @op(cost=lambda node: 8 * node.inputs[0].numel)
@@ -118,11 +124,9 @@ def _(x, weight, bias, *, eps, composed):
     return cast(y, x.dtype)
 
 
-@layer_norm.vjp
+@layer_norm.vjp(takes_acc=(0,))
 def _(dys, ins, outs, needs, acc, **attrs):
-    made = layer_norm_bwd(*ins, *outs.saved, dys[0], needs=needs, **attrs)
-    made = iter(made if isinstance(made, tuple) else (made,))
-    return tuple(next(made) if need else None for need in needs)
+    return _each(layer_norm_bwd(*ins, *outs.saved, dys[0], acc[0], needs=needs, **attrs), needs)
 
 
 @op(cost=lambda node: 12 * node.inputs[0].numel)
@@ -133,14 +137,15 @@ def layer_norm_bwd(
     mean: Tensor,
     rstd: Tensor,
     dy: Tensor,
+    acc: Tensor | None,
     *,
     needs: tuple[bool, bool, bool],
     eps: float,
     composed: bool,
 ) -> tuple[Spec, ...]:
-    """dx = rstd (g - mean(g) - n mean(g n)),  g = dy * weight,  n = (x - mean) rstd;  dw = sum dy n;  db = sum dy
+    """dx = rstd (g - mean(g) - n mean(g n)) + acc,  g = dy * weight,  n = (x - mean) rstd;  dw = sum dy n;  db = sum dy
 
-    Gives the gradients that `needs` names, in the inputs' order.
+    Gives the gradients that `needs` names, in the inputs' order; `acc` is the cotangent that already waits at x.
     """
     return tuple(t.like() for t, need in zip((x, weight, bias), needs, strict=True) if need and t is not None)
 
@@ -148,5 +153,101 @@ def layer_norm_bwd(
 backward_by_decomposition(
     layer_norm_bwd,
     layer_norm,
-    lambda x, weight, bias, mean, rstd, dy, *, needs, **attrs: ((x, weight, bias), attrs, (dy,), needs, (None,) * 3),
+    lambda x, weight, bias, mean, rstd, dy, acc, *, needs, **attrs: (
+        (x, weight, bias),
+        attrs,
+        (dy,),
+        needs,
+        (acc, None, None),
+    ),
 )
+
+
+@op(saves=("rstd",), cost=lambda node: 6 * node.inputs[0].numel)
+def add_rms_norm(
+    x: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    weight_cast: str = "before",
+    offset: float = 0.0,
+    factor: float = 1.0,
+) -> tuple[Spec, Spec, Spec]:
+    """sum = x + factor * delta,  y = rms_norm(sum)       x, delta [..., D], weight [D] -> sum, y [..., D]
+
+    The sum of a residual stream and a block's output, and the norm that the next block reads: of the sum as it is
+    rounded to x's dtype. Saves rstd [...], float32, of the sum.
+    """
+    require(delta.spec == x.spec, f"add_rms_norm: {delta} beside {x}")
+    return x.like(), *rms_norm.rule(x, weight, eps=eps, weight_cast=weight_cast, offset=offset)
+
+
+@add_rms_norm.decompose
+def _(x, delta, weight, *, factor, **attrs):
+    total = _total(x, delta, factor)
+    y = rms_norm(total, weight, **attrs)
+    return total, *y.node.outputs  # what the norm saves is what this op does: a backend may have the norm's backward
+
+
+@add_rms_norm.vjp
+def _(dys, ins, outs, needs, acc, *, factor, **attrs):
+    def bwd(dsum, dy, wanted):
+        return rms_norm_bwd(outs.public[0], ins[2], outs.saved[0], dy, dsum, needs=wanted, **attrs)
+
+    return _add_norm_bwd(dys, needs, factor, bwd)
+
+
+@op(saves=("mean", "rstd"), cost=lambda node: 8 * node.inputs[0].numel)
+def add_layer_norm(
+    x: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    composed: bool = False,
+    factor: float = 1.0,
+) -> tuple[Spec, Spec, Spec, Spec]:
+    """sum = x + factor * delta,  y = layer_norm(sum)       x, delta [..., D], weight, bias [D] -> sum, y [..., D]
+
+    The sum is rounded to x's dtype before its norm is taken. Saves mean and rstd [...], float32, of the sum.
+    """
+    require(delta.spec == x.spec, f"add_layer_norm: {delta} beside {x}")
+    return x.like(), *layer_norm.rule(x, weight, bias, eps=eps, composed=composed)
+
+
+@add_layer_norm.decompose
+def _(x, delta, weight, bias, *, factor, **attrs):
+    total = _total(x, delta, factor)
+    y = layer_norm(total, weight, bias, **attrs)
+    return total, *y.node.outputs
+
+
+@add_layer_norm.vjp
+def _(dys, ins, outs, needs, acc, *, factor, **attrs):
+    def bwd(dsum, dy, wanted):
+        return layer_norm_bwd(outs.public[0], *ins[2:], *outs.saved, dy, dsum, needs=wanted, **attrs)
+
+    return _add_norm_bwd(dys, needs, factor, bwd)
+
+
+def _total(x: Tensor, delta: Tensor, factor: float) -> Tensor:
+    return add(x, delta if factor == 1.0 else scale(delta, factor=factor))
+
+
+def _add_norm_bwd(
+    dys: Sequence[Tensor | None],
+    needs: tuple[bool, ...],
+    factor: float,
+    bwd: Callable[[Tensor | None, Tensor, tuple[bool, ...]], Tensor | tuple[Tensor, ...]],
+) -> tuple[Tensor | None, ...]:
+    """Cotangents of x, delta and the norm's parameters: the sum's own one is what waits at the norm's input."""
+    dsum, dy = dys
+    wanted = (needs[0] or needs[1], *needs[2:])
+    made: tuple[Tensor | None, ...] = (dsum, *(None,) * len(wanted[1:]))
+    if dy is not None:
+        made = _each(bwd(dsum if wanted[0] else None, dy, wanted), wanted)
+    d, *rest = made
+    ddelta = d if d is None or factor == 1.0 or not needs[1] else scale(d, factor=factor)
+    return d if needs[0] else None, ddelta if needs[1] else None, *rest

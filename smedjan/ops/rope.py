@@ -9,6 +9,7 @@ from smedjan.graph.op import op, require
 from smedjan.graph.rewrite import backward_by_decomposition
 from smedjan.graph.tensor import Spec, Tensor
 from smedjan.ops.elementwise import add, cast, mul
+from smedjan.ops.norm import rms_norm
 from smedjan.ops.shape import concat, slice_last
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
@@ -154,4 +155,101 @@ backward_by_decomposition(
     rope_bwd,
     rope,
     lambda dy, cos, sin, **attrs: ((dy, cos, sin), attrs, (dy,), (True, False, False), (None, None, None)),
+)
+
+
+@op(cost=lambda node: 8 * sum(out.numel for out in node.outputs))
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    eps: float = 0.0,
+    weight_cast: str = "before",
+    offset: float = 0.0,
+    interleaved: bool = False,
+    upcast: str = "",
+) -> tuple[Spec, Spec]:
+    """rope(rms_norm(q)), rope(rms_norm(k)): each head's norm, where there are weights, and its rotation
+
+    q [B, A, T, D], k [B, K, T, D], weights [D], both or neither, cos and sin [B or 1, 1, T, 2n], 2n <= D. -> as q, k.
+    Attributes are those of `rms_norm` and of `rope`.
+    """
+    require(q.ndim == k.ndim == 4, f"qk_norm_rope: q {q.shape}, k {k.shape}")
+    same = q.dtype == k.dtype and q.shape[0] == k.shape[0] and q.shape[2:] == k.shape[2:]
+    require(same, f"qk_norm_rope: q {q}, k {k}")
+    require((q_weight is None) == (k_weight is None), "qk_norm_rope: both norms or neither")
+    for x, weight in ((q, q_weight), (k, k_weight)):
+        if weight is not None:
+            rms_norm.rule(x, weight, eps=eps, weight_cast=weight_cast, offset=offset)
+        rope.rule(x, cos, sin, interleaved=interleaved, upcast=upcast)
+    return q.like(), k.like()
+
+
+@qk_norm_rope.decompose
+def _(q, k, q_weight, k_weight, cos, sin, *, eps, weight_cast, offset, interleaved, upcast):
+    def turned(x, weight):
+        if x is None:
+            return None
+        if weight is not None:
+            x = rms_norm(x, weight, eps=eps, weight_cast=weight_cast, offset=offset)
+        return rope(x, cos, sin, interleaved=interleaved, upcast=upcast)
+
+    return turned(q, q_weight), turned(k, k_weight)
+
+
+@qk_norm_rope.vjp
+def _(dys, ins, outs, needs, acc, **attrs):
+    q, k, q_weight, k_weight, cos, sin = ins
+    # A cotangent that is None: nothing reads that output, and nothing flows into its input or weight.
+    wanted = tuple(needs[place] and dys[place % 2] is not None for place in range(4))
+    if not any(wanted):
+        return (None,) * 6
+    raw = (None if dy is None or q_weight is None else x for dy, x in zip(dys, (q, k), strict=True))
+    made = qk_norm_rope_bwd(*dys, *raw, q_weight, k_weight, cos, sin, needs=wanted, **attrs)
+    found = iter(made if isinstance(made, tuple) else (made,))
+    return *(next(found) if want else None for want in wanted), None, None
+
+
+@op(cost=lambda node: 14 * sum(dy.numel for dy in node.inputs[:2] if dy is not None))
+def qk_norm_rope_bwd(
+    dq: Tensor | None,
+    dk: Tensor | None,
+    q: Tensor | None,
+    k: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    needs: tuple[bool, bool, bool, bool],
+    eps: float,
+    weight_cast: str,
+    offset: float,
+    interleaved: bool,
+    upcast: str,
+) -> tuple[Spec, ...]:
+    """The rotation of dq and dk undone, then, where there are weights, `rms_norm_bwd` of each head of q and k
+
+    Gives those of dq, dk, dq_weight, dk_weight that `needs` names. Without norms q and k are None; so are dq and q, or
+    dk and k, where nothing reads that output.
+    """
+    given = zip((dq, dk, q_weight, k_weight), needs, strict=True)
+    return tuple(t.like() for t, need in given if need and t is not None)
+
+
+backward_by_decomposition(
+    qk_norm_rope_bwd,
+    qk_norm_rope,
+    lambda dq, dk, q, k, q_weight, k_weight, cos, sin, *, needs, **attrs: (
+        # A rotation's gradient does not depend on what was rotated: its cotangent stands in.
+        (dq if q is None else q, dk if k is None else k, q_weight, k_weight, cos, sin),
+        attrs,
+        (dq, dk),
+        (*needs, False, False),
+        (None,) * 6,
+    ),
 )

@@ -14,8 +14,9 @@ from smedjan.graph.node import INPUT, Graph, Node
 from smedjan.graph.rewrite import Replay
 from smedjan.graph.tensor import Tensor
 from smedjan.ops.elementwise import add, cast, scale
-from smedjan.ops.linear import linear
+from smedjan.ops.linear import conv1d, linear
 from smedjan.ops.lora import lora_linear
+from smedjan.ops.quantized import nf4_dequantize
 from smedjan.ops.random import dropout
 
 DTYPE = "float32"
@@ -26,7 +27,7 @@ class Lora:
     """rank r, alpha, dropout p, and the last parts of the names of the modules that get an adapter.
 
     `layers` limits them to blocks of these numbers (PEFT's layers_to_transform); below the lowest, nothing is
-    differentiated.
+    differentiated. `transposed`: the base's weights are [in, out], as GPT-2 has them (PEFT's fan_in_fan_out).
     """
 
     rank: int
@@ -34,6 +35,7 @@ class Lora:
     dropout: float
     targets: tuple[str, ...]
     layers: tuple[int, ...] | None = None
+    transposed: bool = False
 
     @property
     def scaling(self) -> float:
@@ -42,7 +44,7 @@ class Lora:
     def matches(self, module: str) -> bool:
         """PEFT's rule for a list: the module's name is a target or ends in `.target`."""
         if self.layers is not None:
-            block = re.search(r"\.layers\.(\d+)\.", module)
+            block = re.search(r"\.(?:layers|h)\.(\d+)\.", module)
             if block is not None and int(block.group(1)) not in self.layers:
                 return False  # a module outside the blocks is not limited, as in PEFT
         return any(module == target or module.endswith(f".{target}") for target in self.targets)
@@ -53,8 +55,9 @@ class Lora:
         for name, shape in parameters.items():
             module = name.removesuffix(".weight")
             if name.endswith(".weight") and len(shape) == 2 and self.matches(module):
-                found[a_name(module)] = (self.rank, shape[1])
-                found[b_name(module)] = (shape[0], self.rank)
+                outside, inside = shape[::-1] if self.transposed else shape
+                found[a_name(module)] = (self.rank, inside)
+                found[b_name(module)] = (outside, self.rank)
         return found
 
 
@@ -81,13 +84,17 @@ class _Adapt(Replay):
         x, weight, bias = self.inputs(node)
         assert x is not None
         assert weight is not None
-        a = self.graph.input(a_name(module), (lora.rank, weight.shape[1]), DTYPE)
-        b = self.graph.input(b_name(module), (weight.shape[0], lora.rank), DTYPE)
-        if lora.dropout == 0:
+        base_op = linear if node.op is linear else conv1d
+        outside, inside = weight.shape if base_op is linear else weight.shape[::-1]
+        a = self.graph.input(a_name(module), (lora.rank, inside), DTYPE)
+        b = self.graph.input(b_name(module), (outside, lora.rank), DTYPE)
+        if lora.dropout == 0 and base_op is linear:
             self.map[node.outputs[0]] = lora_linear(x, weight, bias, a, b, scaling=lora.scaling)
             return
-        base = linear(x, weight, bias)
-        dropped = dropout(cast(x, DTYPE), self._key(), p=lora.dropout, site=self.sites)
+        base = base_op(x, weight, bias)
+        dropped = cast(x, DTYPE)
+        if lora.dropout:
+            dropped = dropout(dropped, self._key(), p=lora.dropout, site=self.sites)
         self.sites += 1
         low = scale(linear(linear(dropped, a), b), factor=lora.scaling)
         self.map[node.outputs[0]] = cast(add(cast(base, DTYPE), low), base.dtype)
@@ -97,10 +104,12 @@ class _Adapt(Replay):
 
 
 def _module(node: Node) -> str | None:
-    weight = node.inputs[1] if node.op is linear else None
+    weight = node.inputs[1] if node.op in (linear, conv1d) else None
+    if weight is not None and weight.node.op is nf4_dequantize:
+        weight = weight.node.inputs[0]
     if weight is None or weight.node.op is not INPUT:
         return None
-    return str(weight.node.attrs["name"]).removesuffix(".weight")
+    return str(weight.node.attrs["name"]).removesuffix(".nf4").removesuffix(".weight")
 
 
 def adapt(graph: Graph, lora: Lora) -> Graph:

@@ -18,10 +18,13 @@ from smedjan.graph.program import Program
 from smedjan.graph.rewrite import cse, decompose, distinct_outputs, prune
 from smedjan.models.decoder import Decoder, Form
 from smedjan.models.decoder_config import DecoderConfig
-from smedjan.ops.loss import linear_cross_entropy
+from smedjan.ops.loss import GRADIENTS_IN_FORWARD
 from smedjan.ops.optimizer import accumulate as accumulate_op
+from smedjan.ops.quantized import nf4_specs
+from smedjan.passes.fp8 import fp8
 from smedjan.passes.lora import DTYPE as ADAPTER_DTYPE
 from smedjan.passes.lora import Lora, adapt
+from smedjan.passes.quantize import fuse, quantize
 
 if TYPE_CHECKING:
     from smedjan.data.collate import Batch
@@ -32,7 +35,13 @@ ROW_BUCKET = 16
 
 @dataclass
 class Session:
-    """`parameters` holds base weights by HF name and adapters by PEFT name: programs read, the update writes them."""
+    """`parameters` holds base weights by HF name and adapters by PEFT name: programs read, the update writes them.
+
+    memory, reserved  bytes of the device (None: all there is), and those of them that programs leave alone
+    `quantized` names the weights that are held as NF4 instead, each as the arrays of `nf4_specs`.
+    fp8     training takes the products of the blocks' linear layers of 8-bit floats. What measures or uses the model
+            does not: its weights stay as they are stored, and others compute with them in their dtype
+    """
 
     backend: Backend
     config: DecoderConfig
@@ -40,21 +49,33 @@ class Session:
     dtype: str
     attention: str = "sdpa"
     lora: Lora | None = None
+    memory: int | None = None
+    reserved: int = 0
+    quantized: tuple[str, ...] = ()
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         self.programs: dict[Any, Program] = {}
+        self._pools: dict[str, Any] = {}
 
     def host(self, array: Any, dtype: str) -> Array:
-        """A host array on the backend."""
-        return self.backend.from_raw(RawTensor.of(np.asarray(array, dtype=dtype, order="C")))
+        """A host array, as a program of the backend reads it."""
+        return self.backend.batch(RawTensor.of(np.asarray(array, dtype=dtype, order="C")))
 
     def specs(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and dtype of every parameter, adapters among them, without a look at the device."""
         base = self.config.parameter_shapes()
         adapters = {} if self.lora is None else self.lora.shapes(base)
-        return {name: (shape, self.dtype) for name, shape in base.items()} | {
-            name: (shape, ADAPTER_DTYPE) for name, shape in adapters.items()
+        stored = {
+            f"{name}.{suffix}": (spec.shape, spec.dtype)
+            for name in self.quantized
+            for suffix, spec in nf4_specs(base.pop(name)).items()
         }
+        return (
+            {name: (shape, self.dtype) for name, shape in base.items()}
+            | stored
+            | {name: (shape, ADAPTER_DTYPE) for name, shape in adapters.items()}
+        )
 
     def form(self, batch: Batch, **changes: Any) -> Form:
         rows, seq = batch.input_ids.shape
@@ -73,20 +94,28 @@ class Session:
 
     def forward(self, decoder: Decoder, *, train: bool = False) -> Graph:
         """The declared graph with adapters, decomposed already where the backend is exact. Dropout is for training."""
-        graph = decoder.graph
+        graph = quantize(decoder.graph, self.quantized) if self.quantized else decoder.graph
         if self.lora is not None:
             graph = adapt(graph, self.lora if train else replace(self.lora, dropout=0.0))
+        if self.fp8 and train:
+            graph = fp8(graph, keep=(self.config.head,))
         has = self.backend.rules.has
         if self.backend.exact:
             return decompose(graph, has)
+        if self.quantized and not train:
+            graph = fuse(graph)
+        graph = self.backend.fuse(graph)
         # Its gradient is what it saved in the forward: what no rule saves is taken apart before it is differentiated.
-        return decompose(graph, lambda node: node.op is not linear_cross_entropy or has(node))
+        return decompose(graph, lambda node: node.op not in GRADIENTS_IN_FORWARD or has(node))
 
     def finish(self, graph: Graph) -> Program:
         """`cse` is safe on both kinds: equal pure nodes have equal bits."""
         if not self.backend.exact:
             graph = decompose(graph, self.backend.rules.has)
-        return self.backend.program(distinct_outputs(cse(prune(graph))))
+        name = self.backend.name
+        if name not in self._pools:
+            self._pools[name] = self.backend.pool(self.memory, self.reserved)
+        return self.backend.program(distinct_outputs(cse(prune(graph))), self._pools[name])
 
     def logits_program(self, form: Form) -> Program:
         key = ("logits", form)

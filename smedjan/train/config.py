@@ -20,9 +20,9 @@ from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from smedjan.errors import ConfigError, nearest
 
-Method = Literal["full", "lora"]
+Method = Literal["full", "lora", "qlora"]
 
-LEARNING_RATES: dict[Method, float] = {"lora": 5e-4, "full": 5e-5}
+LEARNING_RATES: dict[Method, float] = {"lora": 5e-4, "qlora": 5e-4, "full": 5e-5}
 """Used where `optim.lr` is not given. LoRA's best rate is about ten times that of full fine-tuning, at any rank, since
 its output is scaled by alpha / rank (Schulman et al. 2025, "LoRA Without Regret"). Both fall as a model gets wider:
 these suit one to eight billion parameters, and SmolLM2-135M still trains well at 1e-3."""
@@ -81,6 +81,10 @@ class TrainConfig(_Section):
     attention: Literal["sdpa", "eager"] = field(
         default="sdpa", metadata={"help": "which of transformers' two computations the exact backend repeats"}
     )
+    memory: str | None = field(
+        default=None, metadata={"help": "of the device, such as 24GB: what does not fit is recomputed or offloaded"}
+    )
+    fp8: bool = field(default=False, metadata={"help": "the blocks' linear layers in 8-bit floats (full, cuda_triton)"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,11 +118,17 @@ class OptimConfig(_Section):
 
     name: Literal["adamw"] = field(default="adamw", metadata={"help": "optimizer"})
     lr: float | None = field(
-        default=None, metadata={"gt": 0, "help": "peak learning rate (default 5e-4 for lora, 5e-5 for full)"}
+        default=None, metadata={"gt": 0, "help": "peak learning rate (default 5e-4 for lora and qlora, 5e-5 for full)"}
     )
     weight_decay: float = field(default=0.0, metadata={"ge": 0, "help": "decoupled weight decay"})
     master: bool = field(
         default=True, metadata={"help": "keep float32 copies of narrower weights, which the steps go to"}
+    )
+    state: Literal["same", "float32", "bfloat16", "8bit"] = field(
+        default="same", metadata={"help": "dtype of both moments; same: that of what the steps go to"}
+    )
+    rounding: Literal["nearest", "stochastic"] = field(
+        default="nearest", metadata={"help": "of bfloat16 weights that have no master"}
     )
     clip: float = field(default=1.0, metadata={"ge": 0, "help": "the most the global gradient norm may be; 0: any"})
     schedule: Literal["constant", "linear", "cosine", "wsd"] = field(
@@ -180,7 +190,7 @@ class FinetuneConfig(_Section):
     data: Path = field(metadata={"help": "rows to train on: jsonl, json, csv, parquet, or a folder with a train file"})
     eval_data: Path | None = field(default=None, metadata={"help": "rows to evaluate on while training"})
     out: Path | None = field(default=None, metadata={"help": "run directory to write (a dry run needs none)"})
-    method: Method = field(default="lora", metadata={"help": "what is trained"})
+    method: Method = field(default="lora", metadata={"help": "what is trained; qlora: adapters of 4-bit weights"})
     resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in out"})
     dry_run: bool = field(default=False, metadata={"help": "print the plan and its memory, train nothing"})
     seed: int = field(default=0, metadata={"ge": 0, "lt": 2**63, "help": "of data order, adapters and dropout"})
@@ -250,9 +260,9 @@ class FinetuneConfig(_Section):
         decided = self.to_dict()
         for name in ("model", "data", "eval_data", "out", "resume", "dry_run", "backend"):
             del decided[name]
-        for name in ("save_every", "eval_every"):
+        for name in ("save_every", "eval_every", "memory"):
             del decided["train"][name]
-        if self.method != "lora":
+        if self.method == "full":
             del decided["lora"]
         return sha256(json.dumps(decided, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

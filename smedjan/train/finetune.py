@@ -18,6 +18,7 @@ from smedjan.checkpoint.atomic import write_atomic, write_errors
 from smedjan.checkpoint.dtype import to_float32
 from smedjan.checkpoint.raw import RawTensor, specs_of
 from smedjan.checkpoint.run_dir import Checkpoint, load_checkpoint, save_checkpoint, sha256_of
+from smedjan.checkpoint.sizes import parse_size
 from smedjan.data.dataset import Steps, TokenDataset
 from smedjan.data.formats import read_rows
 from smedjan.data.mask import Tokenized, tokenize_rows
@@ -32,11 +33,15 @@ from smedjan.optim.schedule import factor
 from smedjan.passes.lora import Lora
 from smedjan.runtime.select import backend as select_backend
 from smedjan.runtime.session import Session
+from smedjan.train import fp8
 from smedjan.train.config import FinetuneConfig
 from smedjan.train.step import Trainer
 
 PAD_TO = 16
 """Rows are padded to a multiple of this, so that a run needs few programs."""
+
+FP8 = "train.fp8"
+"""The field that asks for `fp8`."""
 
 Event = dict[str, Any]
 
@@ -67,6 +72,9 @@ class Finetune:
         self.config = config
         self.started = started or datetime.now(UTC).isoformat(timespec="seconds")
         self.files: ModelFiles = open_model(config.model)
+        self.backend = select_backend(config.backend)
+        if config.train.fp8:
+            fp8.check(self.backend, method=config.method, dtype=config.dtype or self.files.dtype, field=FP8)
         self.tokenizer = load_tokenizer(self.files.path)
         if self.tokenizer.vocab_size > self.files.config.vocab_size:
             raise ConfigError(
@@ -91,15 +99,8 @@ class Finetune:
             max_length=self.max_length,
             pad_to=PAD_TO,
         )
-        self.backend = select_backend(config.backend)
         self.lora = None
-        if config.method == "lora":
-            if self.files.config.conv1d:
-                raise ConfigError(
-                    f"adapters beside the [in, out] weights of {self.files.config.model_type} are not supported",
-                    field="method",
-                    remedy="give --method full",
-                )
+        if config.method != "full":
             lora = config.lora
             self.lora = Lora(
                 rank=lora.rank,
@@ -107,6 +108,7 @@ class Finetune:
                 dropout=lora.dropout,
                 targets=lora.targets or self.files.config.linear_layers(),
                 layers=self._adapted_layers(lora.last_layers),
+                transposed=self.files.config.conv1d,
             )
             shapes = self.lora.shapes(self._shapes)
             names = self.files.config.names
@@ -155,7 +157,16 @@ class Finetune:
     def trainer(self) -> Trainer:
         """The session with fresh adapters, and what is trained of it."""
         config = self.config
-        session = open_session(self.files, self.backend, dtype=config.dtype, attention=config.train.attention)
+        session = open_session(
+            self.files,
+            self.backend,
+            dtype=config.dtype,
+            attention=config.train.attention,
+            quantized=config.method == "qlora",
+        )
+        session.fp8 = config.train.fp8
+        if config.train.memory is not None:
+            session.memory = parse_size(config.train.memory, "train.memory")
         names = list(session.parameters)
         if self.lora is not None:
             fresh = initial_adapter(self.lora, self._shapes, config.seed)
@@ -169,6 +180,8 @@ class Finetune:
             weight_decay=optim.weight_decay,
             clip=optim.clip,
             master=optim.master,
+            state_dtype=optim.state,
+            rounding=optim.rounding,
         )
         return Trainer(session, names, adamw, seed=config.seed)
 
@@ -223,10 +236,14 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
     history: list[Event] = []
     if found is not None:
         start, history = _resume(parts, trainer, found, out)
+    errors = _fp8_errors(parts, trainer, start)
     log = _Log(out / "smedjan" / "log.jsonl", start, on_step)
     leg = {"backend": parts.backend.name, "from_step": start, "plan": trainer.update.plan_hash}
     history = [*history, leg]
     name = ADAPTER_WEIGHTS if parts.lora is not None else "model.safetensors"
+
+    if errors:
+        log.write({"step": start, "fp8": fp8.summary(errors)})
 
     def save(step: int) -> None:
         save_checkpoint(
@@ -290,7 +307,7 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
         plan_hash=plan_hash,
         eval_loss=eval_loss,
     )
-    _write_plan(trainer, out / "smedjan" / "plan.json", run)
+    _write_plan(trainer, out / "smedjan" / "plan.json", run, errors)
     return run
 
 
@@ -318,11 +335,21 @@ def _save_result(parts: Finetune, weights: Mapping[str, RawTensor], out: Path) -
     write_adapter(out, parts.lora, weights, base=str(parts.config.model))
 
 
-def _write_plan(trainer: Trainer, file: Path, run: Run) -> None:
+def _fp8_errors(parts: Finetune, trainer: Trainer, start: int) -> fp8.Errors:
+    """Of the first batch from step `start` on (the last step's, where none is left to do), with the weights there."""
+    if not parts.config.train.fp8:
+        return {}
+    batches = parts.steps.batches_for_step(min(start, parts.steps.total - 1))
+    return fp8.of_batch(trainer.session, batches[0], trainer.names, field=FP8)
+
+
+def _write_plan(trainer: Trainer, file: Path, run: Run, errors: fp8.Errors) -> None:
     """What ran on what: the first micro-batch's program (a resumed run that was done already has none), the update."""
     micro = next(iter(trainer.session.programs.values()), None)
     ops = [*(micro.lowerings() if micro is not None else ()), *trainer.update.lowerings()]
     plan = {"backend": run.backend, "exact": run.exact, "plan_hash": run.plan_hash, "ops": ops}
+    if errors:
+        plan["fp8"] = errors
     write_atomic(file, (json.dumps(plan, indent=2) + "\n").encode())
 
 

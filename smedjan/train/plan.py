@@ -5,18 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from smedjan.backends.base import Backend
 from smedjan.checkpoint.raw import specs_of
 from smedjan.graph.op import Cost
-from smedjan.graph.tensor import Spec
+from smedjan.graph.program import Program
 from smedjan.models.decoder import Form
-from smedjan.runtime.session import ROW_BUCKET
+from smedjan.models.decoder_config import DecoderConfig
+from smedjan.optim.adamw import AdamW
+from smedjan.passes.lora import Lora
+from smedjan.runtime.session import ROW_BUCKET, Session, fills_window
 from smedjan.train.config import FinetuneConfig
-from smedjan.train.finetune import Finetune
+from smedjan.train.finetune import FP8, Finetune
+from smedjan.train.fp8 import check, layers, of_normal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """`planned_bytes` is the peak of the largest micro-batch plus optimizer state: values counted whole, views too."""
+    """`planned_bytes` is the peak of the largest micro-batch plus optimizer state: values counted whole, views too.
+
+    fp8   errors of the layers in 8-bit floats, on normal inputs; empty where there are none
+    """
 
     parameters: int
     trained_parameters: int
@@ -29,10 +37,61 @@ class Plan:
     backend: str
     exact: bool
     plan_hash: str
+    fp8: dict[str, float]
+    memory: list[dict[str, Any]]
+    launches: dict[str, int]
+
+
+def step_of(
+    config: DecoderConfig,
+    backend: Backend,
+    *,
+    dtype: str,
+    batch: int,
+    length: int,
+    attention: str = "sdpa",
+    method: str | None = "full",
+    packing: bool = False,
+    memory: int | None = None,
+    fp8: bool = False,
+) -> list[Program]:
+    """The programs of a training step of a model, every parameter and row trained or (LoRA, of rank 16) adapters beside
+    all linear layers: micro-batch and update. `method` None: logits alone. Nothing is read or computed."""
+    if fp8:
+        check(backend, method=method, dtype=dtype, field="fp8")
+    lora = None
+    if method in ("lora", "qlora"):
+        lora = Lora(rank=16, alpha=32.0, dropout=0.0, targets=config.linear_layers(), transposed=config.conv1d)
+    quantized = config.linear_weights() if method == "qlora" else ()
+    session = Session(
+        backend, config, {}, dtype, attention=attention, lora=lora, memory=memory, quantized=quantized, fp8=fp8
+    )
+    form = Form(
+        batch=batch,
+        seq=length,
+        positions=batch if packing else 1,
+        dtype=dtype,
+        kind="packed" if packing else "causal",
+        attention=attention,
+        rows=0 if backend.exact or method is None else batch * length,
+        windowed=not packing and fills_window(config, length),
+    )
+    if method is None:
+        return [session.logits_program(form)]
+    specs = session.specs()
+    names = [name for name in specs if lora is None or ".lora_" in name]
+    exact, adamw, shapes = backend.exact, AdamW(master=True), {name: specs[name] for name in names}
+    session.reserved = adamw.state_bytes(shapes)
+    update = adamw.graph(shapes, exact=exact, buckets=not exact)
+    micro = session.micro_program(form, names)
+    if fp8:
+        layers(micro.graph, field="fp8")
+    return [micro, session.finish(update)]
 
 
 def plan(config: FinetuneConfig) -> Plan:
-    """The plan of the run's largest micro-batch; reads the model and the rows, computes nothing."""
+    """The plan of the run's largest micro-batch; reads the model and the rows, and computes nothing but what layers in
+    8-bit floats lose."""
     parts = Finetune(config)
     lengths = sorted((len(example) for example in parts.dataset.examples), reverse=True)
     longest = parts.max_length if config.train.packing else lengths[0]
@@ -51,7 +110,7 @@ def plan(config: FinetuneConfig) -> Plan:
     )
     program = trainer.session.micro_program(form, trainer.names)
     cost: Cost = program.cost
-    state = sum(Spec(*kept).nbytes for kept in trainer.optimizer.state(trainer.shapes).values())
+    state = trainer.optimizer.state_bytes(trainer.shapes)
     counts = parts.tokenized.counts
     return Plan(
         parameters=sum(spec.numel for spec in specs_of(parts.files.tensors).values()),
@@ -65,4 +124,7 @@ def plan(config: FinetuneConfig) -> Plan:
         backend=parts.backend.name,
         exact=parts.backend.exact,
         plan_hash=program.plan_hash,
+        memory=program.memory(),
+        launches=dict(program.launches() + trainer.update.launches()),
+        fp8=of_normal(trainer.session, program.graph, field=FP8) if config.train.fp8 else {},
     )

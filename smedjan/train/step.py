@@ -22,7 +22,9 @@ class Trainer:
         self.session, self.names, self.optimizer, self.seed = session, tuple(names), optimizer, seed
         specs = session.specs()
         self.shapes = {name: specs[name] for name in self.names}
-        graph = optimizer.graph(self.shapes, exact=session.backend.exact)
+        session.reserved = optimizer.state_bytes(self.shapes)
+        exact = session.backend.exact
+        graph = optimizer.graph(self.shapes, exact=exact, buckets=not exact)
         self.update = session.finish(graph)
         self.state: dict[str, Array] = {
             name: self._master(name.removeprefix("master."))
@@ -60,12 +62,14 @@ class Trainer:
 
     def _inputs(self, grads: Mapping[str, Array], number: int, lr: float) -> dict[str, Any]:
         backend = self.session.backend
+        seed = {"seed": backend.scalar(self.seed)} if self.optimizer.seeded(self.shapes) else {}
         return {
             **{name: self.session.parameters[name] for name in self.names},  # a master stands in for its own
             **{f"grad.{name}": array for name, array in grads.items()},
             **self.state,
             "lr": backend.scalar(lr),
             "step": backend.scalar(number),
+            **seed,
         }
 
     def _float(self, scalar: Array) -> float:

@@ -16,7 +16,7 @@ from smedjan.train.config import flags
 
 ROOT = Path(__file__).parents[2]
 
-COMMON = {"--json", "--quiet", "--backend"}
+COMMON = {"--json", "--quiet", "--backend", "--interpret"}
 
 # Names here are fixed: add freely, change only with a deprecation
 FLAGS = {
@@ -31,10 +31,14 @@ FLAGS = {
         *(
             "--train.eval-every",
             "--train.attention",
+            "--train.fp8",
+            "--train.memory",
             "--optim.name",
             "--optim.lr",
             "--optim.weight-decay",
             "--optim.master",
+            "--optim.state",
+            "--optim.rounding",
         ),
         *("--optim.clip", "--optim.schedule", "--optim.warmup", "--optim.beta1", "--optim.beta2", "--optim.eps"),
         *("--lora.rank", "--lora.alpha", "--lora.dropout", "--lora.targets", "--lora.last-layers"),
@@ -46,7 +50,10 @@ FLAGS = {
     },
     "eval": {"--data", "--adapter", "--limit"},
     "info": set(),
-    "graph": {"--plan", "--forward", "--unfold", "--batch-size", "--length", "--dtype", "--attention"},
+    "graph": {
+        *("--plan", "--forward", "--unfold", "--batch-size", "--length", "--dtype", "--attention"),
+        *("--method", "--packing", "--memory", "--fp8"),
+    },
     "report": {"--out"},
     "doctor": set(),
 }
@@ -92,6 +99,7 @@ def test_help_shows_every_flag_and_one_example_that_parses(verb: str, capsys: py
         (["finetune", "--model", "m", "--data", "d"], "out: is missing; give --out DIR, or --dry-run"),
         (["generate", "m", "p", "--top-k", "x"], "--top-k"),
         (["graph", "m", "--length", "0"], "length: is 0; give 1 or more"),
+        (["graph", "m", "--interpret"], "interpret: is for Triton's kernels; give --backend cuda_triton too"),
         (["doctor", "--backend", "torch_referense"], "did you mean torch_reference?"),
         (["info", "does/not/exist"], "does/not/exist"),
         (["report", "does/not/exist"], "does/not/exist: is no directory"),

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import smedjan
 from smedjan.errors import SmedjanError
 from smedjan.train.config import FinetuneConfig
+from tests.families import CASES, make_model
 from tests.tolerances import assert_close
 
 IDS = np.array([[5, 17, 88, 3, 250, 9, 41], [7, 7, 120, 66, 2, 31, 299]])
@@ -157,3 +158,25 @@ def test_an_adapter_of_another_model(from_peft, model_directory, tmp_path):
     with pytest.raises(SmedjanError):
         smedjan.merge(other, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_gpt2_whose_weights_are_transposed(tmp_path):
+    """[in, out] weights (peft's fan_in_fan_out): peft's adapter here, to the bit, and merged as peft merges it."""
+    base, adapter = tmp_path / "gpt2", tmp_path / "adapter"
+    make_model("gpt2", {**CASES["gpt2"]["plain"], "n_positions": 64}).save_pretrained(base)
+    settings = LoraConfig(r=4, lora_alpha=12, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    model = get_peft_model(their_model(base), settings)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(adapter)
+    ids = IDS % 97
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(their_model(base), adapter)(input_ids=torch.from_numpy(ids)).logits
+    ours = smedjan.load(base, adapter=adapter, backend="torch_reference").logits(ids)
+    np.testing.assert_array_equal(ours, theirs.numpy())
+    assert smedjan.merge(base, adapter, tmp_path / "merged").merged == 6
+    plain = PeftModel.from_pretrained(their_model(base), adapter).merge_and_unload().state_dict()
+    wide = PeftModel.from_pretrained(their_model(base), adapter).double().merge_and_unload().state_dict()
+    for name, weight in their_model(tmp_path / "merged").state_dict().items():
+        assert_close(name, weight, wide[name].double(), plain[name])

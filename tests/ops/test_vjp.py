@@ -18,7 +18,15 @@ from smedjan.ops import elementwise as ew
 from smedjan.ops.embedding import embedding, take_rows
 from smedjan.ops.glu import glu
 from smedjan.ops.linear import conv1d, linear, matmul, transpose_last
-from smedjan.ops.loss import linear_cross_entropy, log_softmax, nll_loss
+from smedjan.ops.loss import (
+    linear_cross_entropy,
+    linear_kl,
+    linear_log_probs,
+    log_softmax,
+    nll_loss,
+    pick,
+    sum_trained,
+)
 from smedjan.ops.norm import layer_norm, mean_last, rms_norm
 from smedjan.ops.random import dropout
 from smedjan.ops.rope import rope, rotate_half
@@ -103,6 +111,22 @@ CASES: dict[str, Case] = {
         lambda x, w, y, n: linear_cross_entropy(x, w, y, n, grads="xw"),
         ((4, 8), (7, 8), LABELS, torch.tensor(3.0)),
     ),
+    "pick": (pick, ((4, 7), LABELS)),
+    "sum_trained": (sum_trained, ((4, 7), LABELS)),
+    "sum_trained of numbers": (sum_trained, ((4,), LABELS)),
+    "linear_cross_entropy z-loss": (
+        lambda x, w, y, n: linear_cross_entropy(x, w, y, n, grads="xw", cap=2.0, z_loss=0.1),
+        ((4, 8), (7, 8), LABELS, torch.tensor(3.0)),
+    ),
+    "linear_kl": (
+        lambda x, w, t, u, y, n: linear_kl(x, w, t, u, y, n, grads="xw", temperature=2.0),
+        ((4, 8), (7, 8), torch.rand(4, 3), torch.rand(7, 3), LABELS, torch.tensor(3.0)),
+    ),
+    "linear_kl reverse": (
+        lambda x, w, t, u, y, n: linear_kl(x, w, t, u, y, n, grads="xw", direction="reverse"),
+        ((4, 8), (7, 8), torch.rand(4, 3), torch.rand(7, 3), LABELS, torch.tensor(3.0)),
+    ),
+    "linear_log_probs": (linear_log_probs, ((4, 8), (7, 8), LABELS)),
     "dropout": (lambda x, key: dropout(x, key, p=0.4, site=2), ((3, 8), KEY)),
 }
 

@@ -104,8 +104,14 @@ def test_frozen_weights_get_no_gradient_nodes(on):
     adapters = list(lora.shapes(shapes_of(session)))
     rows = 0 if session.backend.exact else 4
     program = session.micro_program(Form(batch=2, seq=5, rows=rows), adapters)
-    products = [call.node for call in program.calls if call.node.op.name in ("linear_dw", "lora_linear_bwd")]
-    made = [out.shape for node in products for out in node.outputs[-2 if node.op.name == "lora_linear_bwd" else 0 :]]
+    fused_ops = ("lora_linear_bwd", "lora_linear_group_bwd")
+    products = [call.node for call in program.calls if call.node.op.name in ("linear_dw", *fused_ops)]
+    made = [
+        out.shape
+        for node in products
+        for out in node.outputs
+        if out.shape in set(lora.shapes(shapes_of(session)).values())
+    ]
     assert sorted(made) == sorted(program.graph.inputs[n].shape for n in adapters)
     assert not {call.node.op.name for call in program.calls} & {"embedding_bwd", "bias_grad"}
     for call in program.calls:
@@ -114,8 +120,10 @@ def test_frozen_weights_get_no_gradient_nodes(on):
         if call.node.op.name == "linear_cross_entropy":
             assert call.node.attrs["grads"] == "x"
     # The input of the first layer's adapters needs no gradient: nothing below it is differentiated.
-    below = [call.node for call in program.calls if call.node.op.name in ("linear_dx", "rms_norm_bwd")]
-    fused = [node for node in products if node.op.name == "lora_linear_bwd" and node.scope.startswith("layers.0.")]
+    below = [
+        call.node for call in program.calls if call.node.op.name in ("linear_dx", "linear_group_dx", "rms_norm_bwd")
+    ]
+    fused = [node for node in products if node.op.name in fused_ops and node.scope.startswith("layers.0.")]
     assert not any(node.attrs["needs"][0] for node in fused)
     assert below
     assert not [node for node in below if node.scope == "layers.0.input_layernorm"]

@@ -22,9 +22,9 @@ NEEDED: dict[str, object] = {"model": "m", "data": "d.jsonl", "out": "o"}
 
 FLAGS = """model data eval-data out method resume dry-run seed backend dtype
 train.steps train.epochs train.batch-size train.grad-accum train.max-length train.packing train.loss-on train.too-long
-train.save-every train.eval-every train.attention
+train.save-every train.eval-every train.attention train.fp8 train.memory
 optim.name optim.lr optim.weight-decay optim.master optim.clip optim.schedule optim.warmup
-optim.beta1 optim.beta2 optim.eps
+optim.state optim.rounding optim.beta1 optim.beta2 optim.eps
 lora.rank lora.alpha lora.dropout lora.targets lora.last-layers"""
 
 
@@ -163,7 +163,7 @@ BAD = [
     ("train.packing", 1, "1 is not true or false", "give true or false"),
     ("train.loss_on", "all tokens", "is not one of completion, last, all", "give one of them"),
     ("train.too_long", "trunc", "'trunc' is not one of", "did you mean truncate?"),
-    ("method", "qlora", "'qlora' is not one of full, lora", "did you mean lora?"),
+    ("method", "dora", "'dora' is not one of full, lora, qlora", "did you mean lora?"),
     ("dtype", "float16", "'float16' is not one of float32, bfloat16", "did you mean bfloat16?"),
     ("backend", "cuda", "'cuda' is not one of auto", "give one of them"),
     ("seed", -1, "-1 is out of range", "give a value >= 0 and < 9.22337e+18"),

@@ -56,14 +56,17 @@ def test_full_fine_tuning(family, dtype):
     train(model, dict(model.named_parameters()), session)
 
 
-@pytest.mark.parametrize("family", [family for family in CASES if family != "gpt2"])
+@pytest.mark.parametrize("family", CASES)
 def test_lora_beside_every_linear_layer(family):
     base, session = first(family)
     targets = session.config.linear_layers()
-    settings = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=list(targets), bias="none")
+    transposed = session.config.conv1d
+    settings = LoraConfig(
+        r=4, lora_alpha=8, lora_dropout=0.0, target_modules=list(targets), bias="none", fan_in_fan_out=transposed
+    )
     model = get_peft_model(base, settings).eval()
     trained = {name.replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad}
-    session.lora = Lora(rank=4, alpha=8, dropout=0.0, targets=targets)
+    session.lora = Lora(rank=4, alpha=8, dropout=0.0, targets=targets, transposed=transposed)
     assert session.lora.shapes(session.config.parameter_shapes()) == {n: tuple(p.shape) for n, p in trained.items()}
     torch.manual_seed(5)
     for name, parameter in trained.items():

@@ -5,7 +5,15 @@ Held to bounds against `torch_reference`; what has no rule here runs as its deco
 
 from __future__ import annotations
 
-from smedjan.backends.cpu_native import attention, glu, lora, loss, norm, rope  # noqa: F401  (each fills RULES)
+from smedjan.backends.cpu_native import (  # noqa: F401  (each fills RULES)
+    activation,
+    attention,
+    glu,
+    lora,
+    loss,
+    norm,
+    rope,
+)
 from smedjan.backends.cpu_native.table import RULES
 from smedjan.backends.torch_reference import TorchBackend
 

@@ -10,8 +10,12 @@ CHUNK_ROWS = 256
 """Rows of logits held at once: 50 MB in float32 for a vocabulary of 49,152."""
 
 
-@RULES.rule("linear_cross_entropy", label="cpu_native fused head")
-def linear_cross_entropy(x, weight, labels, num_items, *, grads, scaling, divisor, cap):
+def _without_z_loss(node):
+    return not node.attrs["z_loss"]
+
+
+@RULES.rule("linear_cross_entropy", label="cpu_native fused head", supports=_without_z_loss)
+def linear_cross_entropy(x, weight, labels, num_items, *, grads, scaling, divisor, cap, z_loss):
     rows = x.reshape(-1, x.shape[-1])
     factor = scaling / divisor
     total = torch.zeros((), dtype=torch.float32)

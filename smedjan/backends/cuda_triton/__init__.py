@@ -6,6 +6,6 @@ from smedjan.backends.base import Backend
 
 
 def backend() -> Backend:
-    from smedjan.backends.cuda_triton.backend import CudaTriton
+    from smedjan.backends.cuda_triton.cuda import CudaTriton
 
     return CudaTriton()

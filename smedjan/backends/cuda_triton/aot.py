@@ -1,347 +1,278 @@
 """Ahead-of-time builds of every Triton kernel, on a machine without a GPU, and what they cost.
 
-`python -m smedjan.backends.cuda_triton.aot` builds each kernel as its launcher would start it (`matrix`) for sm_80
-(A100), sm_90 (H100), sm_100 (B200) and sm_120 (RTX 50), prints registers, spills, shared memory and 128-bit accesses,
-and fails where a budget is broken; `--update` makes what it found the budget. `cuobjdump` and `nvdisasm` come with the
-triton package.
+`python -m smedjan.backends.cuda_triton.aot` builds each kernel as the examples' launches start it (`examples/`; a test
+sees to it that they ask for every entry of `tuned.json`) for sm_80 (A100), sm_90 (H100), sm_100 (B200) and sm_120 (RTX
+50). It prints registers, spills, shared memory and, for sm_90, tensor core instructions and 128-bit accesses, and fails
+where a budget is broken; `--update` makes what it found the budget. `--roofline` prints the table of `roofline`
+instead, or puts it in `--write FILE`: bench/kernels.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.resources
 import multiprocessing
-import re
+import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import triton
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.runtime.jit import create_function_from_signature
 
-from smedjan.backends.cuda_triton import budgets
+from smedjan.backends.cuda_triton import budgets, roofline, sass
 from smedjan.backends.cuda_triton.budgets import Resources
-from smedjan.backends.cuda_triton.kernels import common
+from smedjan.backends.cuda_triton.examples import Example, all_examples, explained
+from smedjan.backends.cuda_triton.launch import Launch
+from smedjan.backends.cuda_triton.record import record
 from smedjan.errors import BackendError
 
 CAPABILITIES = (80, 90, 100, 120)
 """Compute capabilities built for, times ten."""
 
 SASS_CAPABILITY = 90
-"""The one whose machine code is read: half a second a kernel, and its access widths are the same on the others."""
+"""The one whose machine code is read: that takes longer than building it, and its access widths are the same on the
+others."""
 
-F32, BF16, I64 = "*fp32", "*bf16", "*i64"
-
-Argument = str | int | float | None
-"""What the launcher gives: a pointer type, an integer (for what Triton learns from its value), a float, or None."""
+KERNELS = "smedjan.backends.cuda_triton.kernels."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """One kernel as a launch wants it."""
+    """One kernel as a launch wants it, specialised as Triton does at the launch.
+
+    kernel      module and function under `kernels/`: "norm.rms_norm_fwd"
+    example     the first example that starts it so
+    signature   parameter -> Triton's type, "constexpr" for what is built in: also integers that are 1, and None
+    constants   path of each constexpr parameter -> its value
+    divisible   paths of the pointers and integers that are multiples of 16
+    options     num_warps, num_stages, ...
+    cc          compute capability
+    """
 
     kernel: str
-    """Module and function under `kernels/`: "norm.rms_norm_fwd"."""
-    variant: str
-    arguments: Mapping[str, Argument]
-    constants: Mapping[str, int | bool | str]
-    """Its tl.constexpr parameters."""
-    num_warps: int
-    cc: int = 0
+    example: str
+    signature: tuple[tuple[str, Any], ...]
+    constants: tuple[tuple[tuple[int, ...], Any], ...]
+    attributes: tuple[tuple[tuple[int, ...], str], ...]
+    options: tuple[tuple[str, Any], ...]
+    cc: int
+
+    @property
+    def shape(self) -> str:
+        """Its constexpr parameters and options: "ACT=silu COLS=1024 num_warps=4"."""
+        names = [name for name, _ in self.signature]
+        named = {names[path[0]]: value for path, value in self.constants if len(path) == 1}
+        told = {name: value for name, value in named.items() if name.isupper()} | dict(self.options)
+        return " ".join(f"{name}={value}" for name, value in told.items() if name != "enable_fp_fusion")
 
     @property
     def key(self) -> str:
-        return f"{self.kernel} {self.variant} sm_{self.cc}"
+        return f"{self.kernel} | {self.example} | {self.shape} | sm_{self.cc}"
+
+    @property
+    def what(self) -> tuple[Any, ...]:
+        """Equal for two builds of one binary."""
+        parts = (self.signature, self.constants, self.attributes, self.options)
+        return self.kernel, self.cc, *(repr(part) for part in parts)
 
 
-def _pointers(dtype: str | None, names: str) -> dict[str, Argument]:
-    return dict.fromkeys(names.split(), dtype)
+def build_of(launch: Launch, example: str, cc: int) -> Build:
+    """What Triton would compile at this launch: its own binder and specialisation, on arrays without memory.
 
-
-def _case(
-    kernel: str, variant: str, tile: common.Tile, arguments: Mapping[str, Argument], **constants: int | bool | str
-) -> Build:
-    sizes = {"COLS": tile.cols} | ({"ROWS": tile.rows} if tile.rows > 1 or kernel.startswith(("norm", "rope")) else {})
-    return Build(
-        kernel=kernel, variant=variant, arguments=arguments, constants=sizes | constants, num_warps=tile.num_warps
-    )
-
-
-def _norm_cases() -> Iterable[Build]:
-    for dtype, name, width, before in (
-        (BF16, "bf16", 128, True),
-        (BF16, "bf16", 576, True),
-        (BF16, "bf16", 576, False),
-        (BF16, "bf16", 4096, True),
-        (BF16, "bf16", 16384, True),
-        (F32, "f32", 576, True),
-        (F32, "f32", 16384, True),
-    ):
-        arguments = _pointers(dtype, "x weight y") | _pointers(F32, "rstd")
-        arguments |= {"x_stride": width, "rows": 1, "width": width, "eps": 1e-5, "offset": 0.0}
-        variant = f"{name} {width} {'before' if before else 'after'}"
-        yield _case("norm.rms_norm_fwd", variant, common.norm_tile(width), arguments, CAST_BEFORE=before)
-    for dtype, name, width, wanted in (
-        (BF16, "bf16", 128, "dx dw"),
-        (BF16, "bf16", 576, "acc dx dw"),
-        (BF16, "bf16", 576, "acc dx"),
-        (BF16, "bf16", 4096, "acc dx dw"),
-        (BF16, "bf16", 8192, "acc dx dw"),
-        (F32, "f32", 576, "acc dx dw"),
-        (F32, "f32", 8192, "acc dx dw"),
-        (F32, "f32", 16384, "acc dx"),
-    ):
-        arguments = _pointers(dtype, "x weight dy dx") | _pointers(F32, "rstd")
-        arguments |= {"acc": dtype if "acc" in wanted else None, "partial": F32 if "dw" in wanted else None}
-        arguments |= {"x_stride": width, "dy_stride": width, "acc_stride": width if "acc" in wanted else 0}
-        arguments |= {"rows": 1, "width": width, "offset": 0.0}
-        yield _case("norm.rms_norm_bwd", f"{name} {width} {wanted}", common.norm_bwd_tile(width), arguments)
-    for dtype, name in ((BF16, "bf16"), (F32, "f32")):
-        arguments = _pointers(dtype, "x dy") | _pointers(F32, "rstd partial")
-        arguments |= {"x_stride": 16384, "dy_stride": 16384, "rows": 1, "width": 16384}
-        yield _case("norm.rms_norm_dw", f"{name} 16384", common.column_tile(), arguments)
-        arguments = _pointers(F32, "partial") | _pointers(dtype, "out") | {"rows": 1, "width": 576}
-        yield _case("norm.column_sum", f"{name} 576", common.column_tile(), arguments)
-
-
-def _layer_norm_cases() -> Iterable[Build]:
-    for dtype, name, width, biased in (
-        (BF16, "bf16", 768, True),
-        (BF16, "bf16", 8192, False),
-        (F32, "f32", 768, True),
-        (F32, "f32", 8192, True),
-    ):
-        arguments = _pointers(dtype, "x weight y") | {"bias": dtype if biased else None} | _pointers(F32, "mean rstd")
-        arguments |= {"x_stride": width, "rows": 1, "width": width, "eps": 1e-5}
-        variant = f"{name} {width}{' bias' if biased else ''}"
-        yield _case("norm.layer_norm_fwd", variant, common.norm_tile(width), arguments)
-    for dtype, name, width, wanted in (
-        (BF16, "bf16", 768, "dx dw db"),
-        (BF16, "bf16", 768, "dx"),
-        (BF16, "bf16", 8192, "dx dw db"),
-        (F32, "f32", 768, "dx dw db"),
-        (F32, "f32", 8192, "dx dw db"),
-    ):
-        arguments = _pointers(dtype, "x weight dy dx") | _pointers(F32, "mean rstd")
-        arguments |= {f"{sum_}_partial": F32 if sum_ in wanted.split() else None for sum_ in ("dw", "db")}
-        arguments |= {"x_stride": width, "dy_stride": width, "rows": 1, "width": width}
-        yield _case("norm.layer_norm_bwd", f"{name} {width} {wanted}", common.norm_bwd_tile(width), arguments)
-
-
-def _rope_cases() -> Iterable[Build]:
-    for dtype, name, dim, width, order, inverse, tokens in (
-        (BF16, "bf16", 64, 64, "halves", False, 2048),
-        (BF16, "bf16", 64, 64, "halves", True, 2048),
-        (BF16, "bf16", 128, 128, "halves", True, 2048),
-        (BF16, "bf16", 128, 128, "halves", False, 1),
-        (F32, "f32", 64, 64, "halves", False, 2048),
-        (F32, "f32", 128, 128, "halves", True, 2048),
-        (BF16, "bf16", 96, 128, "halves", False, 2048),
-        (BF16, "bf16", 128, 128, "pairs", False, 2048),
-        (BF16, "bf16", 64, 128, "pairs", True, 2048),
-        (F32, "f32", 128, 128, "pairs", False, 2048),
-    ):
-        arguments = _pointers(dtype, "x cos sin y")
-        for tensor in "xy":
-            arguments |= {f"{tensor}_batch": tokens * 32 * width, f"{tensor}_head": width}
-            arguments |= {f"{tensor}_token": 32 * width}
-        arguments |= {"cos_batch": 0, "cos_token": dim, "sin_batch": 0, "sin_token": dim}
-        arguments |= {"heads": 32, "tokens": tokens, "half": dim // 2, "rest": width - dim}
-        heads = common.rope_heads(32, tokens)
-        part = str(dim) if dim == width else f"{dim} of {width}"
-        variant = f"{name} {part} {order} {'inverse' if inverse else 'forward'} {heads} heads"
-        constants = {"INTERLEAVED": order == "pairs", "INVERSE": inverse, "HEADS": heads}
-        rest = common.next_power_of_2(width - dim) if width > dim else 0
-        yield _case("rope.rope", variant, common.rope_tile(dim), arguments, **constants, REST=rest)
-
-
-def _glu_cases() -> Iterable[Build]:
-    for dtype, name in ((BF16, "bf16"), (F32, "f32")):
-        arguments = _pointers(dtype, "gate up y")
-        arguments |= {"gate_stride": 3072, "up_stride": 3072, "width": 1536, "blocks": 2}
-        yield _case("glu.glu_fwd", f"{name} 1536 of 3072 silu", common.flat_tile(), arguments, ACT="silu")
-        for wanted in ("dgate dup", "dgate", "dup") if dtype == BF16 else ("dgate dup",):
-            arguments = _pointers(dtype, "gate up dy") | _pointers(None, "dgate dup") | _pointers(dtype, wanted)
-            arguments |= {"gate_stride": 1536, "up_stride": 1536, "dy_stride": 1536, "width": 1536, "blocks": 2}
-            yield _case("glu.glu_bwd", f"{name} 1536 {wanted} silu", common.flat_tile(), arguments, ACT="silu")
-    for act in ("gelu", "gelu_tanh", "relu", "relu2"):
-        arguments = _pointers(BF16, "gate up y")
-        arguments |= {"gate_stride": 1536, "up_stride": 1536, "width": 1536, "blocks": 2}
-        yield _case("glu.glu_fwd", f"bf16 1536 {act}", common.flat_tile(), arguments, ACT=act)
-        arguments = _pointers(BF16, "gate up dy dgate dup")
-        arguments |= {"gate_stride": 1536, "up_stride": 1536, "dy_stride": 1536, "width": 1536, "blocks": 2}
-        yield _case("glu.glu_bwd", f"bf16 1536 dgate dup {act}", common.flat_tile(), arguments, ACT=act)
-
-
-def _loss_cases() -> Iterable[Build]:
-    for dtype, name, passes in (
-        (BF16, "bf16", "forward"),
-        (BF16, "bf16", "backward"),
-        (BF16, "bf16", "forward backward"),
-        (F32, "f32", "forward backward"),
-        (BF16, "bf16", "forward backward capped"),
-        (F32, "f32", "forward backward capped"),
-    ):
-        forward, backward, capped = ("forward" in passes, "backward" in passes, "capped" in passes)
-        arguments = _pointers(dtype, "logits") | {"labels": I64, "loss": F32 if forward else None}
-        arguments |= {"lse": None if forward and backward else F32, "scale": F32 if backward else None, "factor": 1.0}
-        arguments |= {"gain": 1.0, "cap": 0.0}
-        arguments |= {"stride": 49152, "vocab": 49152, "ignore_index": -100}
-        tile = common.vocab_tile(49152)
-        variant = f"{name} 49152 {passes}"
-        constants = {"CAPPED": capped, "FORWARD": forward, "BACKWARD": backward}
-        yield _case("loss.cross_entropy", variant, tile, arguments, **constants)
-
-
-def _optimizer_cases() -> Iterable[Build]:
-    scalars = ("decay", "one_minus_beta1", "beta2", "one_minus_beta2", "root_correction2", "step_size", "eps")
-    for variant, dtype, master, scale in (
-        ("f32", F32, None, None),
-        ("f32 clipped", F32, None, F32),
-        ("bf16 master clipped", BF16, F32, F32),
-    ):
-        arguments = _pointers(dtype, "param grad") | _pointers(F32, "exp_avg exp_avg_sq")
-        arguments |= {"master": master, "grad_scale": scale, "numel": 576 * 576} | dict.fromkeys(scalars, 0.5)
-        yield _case("optimizer.adamw", variant, common.flat_tile(), arguments)
-    tile = common.square_sum_tile()
-    for dtype, name in ((BF16, "bf16"), (F32, "f32")):
-        arguments = {"grad": dtype, "partial": F32, "numel": 576 * 576, "first": 0}
-        yield _case("optimizer.square_sum", name, tile, arguments)
-    yield _case("optimizer.root_of_sum", "f32", tile, {"partial": F32, "out": F32, "count": 1})
-
-
-def matrix(capabilities: Iterable[int] = CAPABILITIES) -> list[Build]:
-    """Every kernel, in the dtypes and at the widths of SmolLM2-135M, Llama 8B and the widest, for each architecture.
-
-    `arguments` are those of a real launch (a test holds the two together), so that what is built is what runs.
+    A meta array's address is its offset in the array that it is a view of, so that alignment is what it will be.
     """
-    cases = [
-        *_norm_cases(),
-        *_layer_norm_cases(),
-        *_rope_cases(),
-        *_glu_cases(),
-        *_loss_cases(),
-        *_optimizer_cases(),
-    ]
-    return [replace(case, cc=cc) for cc in capabilities for case in cases]
-
-
-def build(case: Build) -> CompiledKernel:
-    """Compile down to a cubin, specialised as Triton does at a launch with 16-byte aligned tensors."""
-    module, name = case.kernel.split(".")
-    kernel = getattr(importlib.import_module(f"smedjan.backends.cuda_triton.kernels.{module}"), name)
+    kernel = launch.function
     if not isinstance(kernel, triton.JITFunction):
         raise BackendError(
             "kernels cannot be built while Triton interprets them", field="TRITON_INTERPRET", remedy="unset it"
         )
-    assert set(kernel.arg_names) == case.arguments.keys() | case.constants.keys(), f"{case.key}: {kernel.arg_names}"
-    signature: dict[str, str] = {}
-    constants: dict[str, int | bool | str | None] = dict(case.constants)
-    attributes: dict[tuple[int, ...], list[list[str | int]]] = {}
-    for index, parameter in enumerate(kernel.params):
-        value = case.arguments.get(parameter.name)
-        if value is None:
-            signature[parameter.name] = "constexpr"
-            constants.setdefault(parameter.name, None)
-            continue
-        signature[parameter.name] = value if isinstance(value, str) else "fp32" if isinstance(value, float) else "i32"
-        whole = isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
-        if isinstance(value, str) or whole:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": case.num_warps, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", case.cc, 32), options=options)
-
-
-def _tool(name: str, *arguments: str) -> str:
-    """Output of one of the CUDA tools in the triton package."""
-    path = importlib.resources.files("triton.backends.nvidia") / "bin" / name
-    done = subprocess.run([str(path), *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BackendError(f"{name} failed: {done.stderr.strip()}", file=str(path), remedy="reinstall triton")
-    return done.stdout
-
-
-def resources(cubin: bytes, *, dynamic_shared: int = 0, sass: bool = True) -> Resources:
-    """Read a cubin: cuobjdump's resource usage and, with `sass`, counts of nvdisasm's instructions.
-
-    `dynamic_shared` is the launch's shared memory in bytes, which the cubin does not say (`metadata.shared`).
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", _tool("cuobjdump", "-res-usage", str(file))))
-        code = _tool("nvdisasm", "-c", str(file)) if sass else None
-    # The cubin's SHARED is static memory and the hardware's reserve: Triton's is asked for at the launch.
-    found = Resources(
-        registers=int(usage["REG"]), spilled=int(usage["STACK"]) + int(usage["LOCAL"]), shared=dynamic_shared
+    backend = make_backend(GPUTarget("cuda", cc, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*launch.args, **launch.constants)
+    _, signature, constants, attributes = kernel._pack_args(backend, dict(options), bound, specialization, options)
+    return Build(
+        kernel=f"{kernel.__module__.removeprefix(KERNELS)}.{kernel.__name__}",
+        example=example,
+        signature=tuple(signature.items()),
+        constants=tuple(constants.items()),
+        attributes=tuple((path, repr(given)) for path, given in attributes.items() if given),
+        options=tuple(sorted(options.items())),
+        cc=cc,
     )
-    if code is None:
+
+
+def builds(examples: Iterable[Example] | None = None, capabilities: Iterable[int] = CAPABILITIES) -> list[Build]:
+    """Each kernel that the examples' launches start, once for each way in which it is specialised."""
+    chosen = all_examples() if examples is None else tuple(examples)
+    found: dict[tuple[Any, ...], Build] = {}
+    for cc in capabilities:
+        for example in chosen:
+            for launch in record(example, capability=cc).launches:
+                if launch.grid:
+                    build = build_of(launch, f"{example.op} {example.name}", cc)
+                    found.setdefault(build.what, build)
+    return list(_distinct(found.values()))
+
+
+def _distinct(found: Iterable[Build]) -> Iterator[Build]:
+    """An example may start a kernel twice with one shape and other arguments: the second one is numbered."""
+    seen: dict[str, int] = {}
+    for build in found:
+        times = seen[build.key] = seen.get(build.key, 0) + 1
+        yield build if times == 1 else replace(build, example=f"{build.example} ({times})")
+
+
+def compiled(build: Build) -> CompiledKernel:
+    """Down to a cubin."""
+    module, name = build.kernel.rsplit(".", 1)
+    kernel = getattr(importlib.import_module(KERNELS + module), name)
+    backend = make_backend(GPUTarget("cuda", build.cc, 32))
+    attributes = {path: backend.parse_attr("D") for path, _ in build.attributes}
+    source = ASTSource(kernel, signature=dict(build.signature), constexprs=dict(build.constants), attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", build.cc, 32), options=dict(build.options))
+
+
+def measure(build: Build) -> Resources:
+    """Build, and read what was built."""
+    made = compiled(build)
+    cubin = made.asm["cubin"]
+    usage = sass.usage(cubin)
+    # The cubin's own SHARED is static memory and the hardware's reserve: Triton's is asked for at the launch.
+    found = Resources(registers=usage["REG"], spilled=usage["STACK"] + usage["LOCAL"], shared=made.metadata.shared)
+    if build.cc != SASS_CAPABILITY:
         return found
-    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code)
+    read = sass.disassemble(cubin)
     return replace(
         found,
-        instructions=len(opcodes),
-        wide_loads=sum(opcode.startswith("LDG") and ".128" in opcode for opcode in opcodes),
-        wide_stores=sum(opcode.startswith("STG") and ".128" in opcode for opcode in opcodes),
-        local_accesses=sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes),
+        instructions=len(read.instructions),
+        wide_loads=read.wide(*sass.LOADS) + read.count(*sass.BULK_LOADS),
+        wide_stores=read.wide(*sass.STORES) + read.count(*sass.BULK_STORES),
+        products=read.count(*sass.PRODUCTS),
+        hopper_products=read.count("HGMMA"),
+        local_accesses=read.count(*sass.LOCAL),
     )
 
 
-def measure(case: Build) -> Resources:
-    """Build, and read what was built."""
-    compiled = build(case)
-    return resources(compiled.asm["cubin"], dynamic_shared=compiled.metadata.shared, sass=case.cc == SASS_CAPABILITY)
+def measure_all(chosen: Sequence[Build]) -> dict[str, Resources]:
+    """`measure` each, by its key."""
+    return {build.key: one for build, one in zip(chosen, _map(measure, chosen), strict=True)}
 
 
-def measure_all(cases: list[Build], processes: int = 2) -> dict[str, Resources]:
-    """`measure` each, by its key, in `processes` processes."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        return dict(zip((case.key for case in cases), pool.map(measure, cases, chunksize=4), strict=True))
+def _map(function: Callable[..., Any], *columns: Sequence[Any]) -> list[Any]:
+    """In as many processes as there are processors; a few builds take less time than starting those."""
+    if len(columns[0]) <= 8:
+        return list(map(function, *columns))
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(function, *columns, chunksize=4))
+
+
+COLUMNS = ("registers", "spilled", "shared", "instructions", "tensor core", "HGMMA", "128-bit loads", "128-bit stores")
 
 
 def _table(found: Mapping[str, Resources]) -> Table:
     table = Table(title=f"Triton {triton.__version__}, built ahead of time", header_style="bold")
-    for column in ("build", "registers", "spilled", "shared", "instructions", "128-bit loads", "128-bit stores"):
-        table.add_column(column, justify="left" if column == "build" else "right", no_wrap=True)
+    for column in ("build", *COLUMNS):
+        table.add_column(column, justify="left" if column == "build" else "right", no_wrap=column != "build")
     for key, row in found.items():
-        counts = (row.registers, row.spilled, row.shared, row.instructions, row.wide_loads, row.wide_stores)
-        table.add_row(key, *("" if count is None else str(count) for count in counts))
+        counts = (row.registers, row.spilled, row.shared, row.instructions, row.products, row.hopper_products)
+        table.add_row(key, *("" if one is None else str(one) for one in (*counts, row.wide_loads, row.wide_stores)))
     return table
+
+
+def code_bytes(build: Build, programs: int) -> int | None:
+    """What a launch of this many programs loads and stores by its machine code; None where code loops or branches."""
+    made = compiled(build)
+    code = sass.disassemble(made.asm["cubin"])
+    if not code.straight or code.count(*sass.BULK_LOADS, *sass.BULK_STORES):
+        return None
+    threads = 32 * made.metadata.num_warps
+    return programs * code.bytes((*sass.LOADS, *sass.STORES, *sass.ATOMICS), threads=threads)
+
+
+def codes(examples: Sequence[Example], cc: int = roofline.CAPABILITY) -> list[int | None]:
+    """For each example the bytes of its launches by their machine code, None where one of them has no such figure."""
+    launches = [record(example, capability=cc).launches for example in examples]
+    wanted = [
+        (index, build_of(launch, "", cc), prod(launch.grid))
+        for index, calls in enumerate(launches)
+        for launch in calls
+        if all(call.grid for call in calls)
+    ]
+    found = _map(code_bytes, [build for _, build, _ in wanted], [programs for *_, programs in wanted])
+    totals: dict[int, int | None] = {}
+    for (index, *_), bytes_ in zip(wanted, found, strict=True):
+        before = totals.get(index, 0)
+        totals[index] = None if bytes_ is None or before is None else before + bytes_
+    return [totals.get(index) for index in range(len(examples))]
+
+
+def roofline_table() -> tuple[str, list[str]]:
+    """The table of `roofline`, and the examples that move more than they must with nobody saying why.
+
+    Accesses are counted where Triton interprets its kernels: in a process of its own.
+    """
+    command = [sys.executable, "-m", roofline.__name__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    counted = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    lines, missing = [], []
+    for found, bytes_ in zip(roofline.load(counted.stdout), codes(all_examples()), strict=True):
+        why = explained().get(found.op, "")
+        if roofline.needs_why(found) and not why:
+            missing.append(
+                f"{found.op} {found.name}: moved {found.moved:.2f}, requested {found.requested:.2f}, no reason"
+            )
+        lines.append(roofline.row(found, why, None if bytes_ is None else bytes_ / found.minimum))
+    return roofline.HEADER + "\n".join(lines) + "\n", missing
 
 
 def main() -> int:
     """Build everything, print the table, check or renew the budgets. 0: all keep theirs; 1: some do not; 2: cannot."""
     parser = argparse.ArgumentParser(prog="python -m smedjan.backends.cuda_triton.aot", description=__doc__)
     parser.add_argument("--update", action="store_true", help="make what was found the budget")
-    update = parser.parse_args().update
+    parser.add_argument("--roofline", action="store_true", help="bytes against each op's minimum, in place of builds")
+    parser.add_argument("--write", metavar="FILE", type=Path, help="where to put the table of --roofline")
+    given = parser.parse_args()
+    # Not as narrow as a pipe claims to be: the tables are also read in logs.
+    console = Console(width=180)
     try:
-        found = measure_all(matrix())
+        broken = _roofline(console, given.write) if given.roofline else _budgets(console, update=given.update)
     except BackendError as error:
         print(error, file=sys.stderr)
         return 2
-    # Not as narrow as a pipe claims to be: the table is also read in logs.
-    console = Console(width=140)
-    console.print(_table(found))
+    for line in broken:
+        console.print(line, style="red", highlight=False)
+    return 1 if broken else 0
+
+
+def _roofline(console: Console, file: Path | None) -> list[str]:
+    text, missing = roofline_table()
+    if file is None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    else:
+        file.write_text(text, encoding="utf-8")
+    return missing
+
+
+def _budgets(console: Console, *, update: bool) -> list[str]:
+    found = measure_all(builds())
+    console.print(_table(found), highlight=False)
     if update:
         budgets.write(triton.__version__, found)
         console.print(f"wrote {len(found)} budgets to {budgets.BUDGETS.name}")
     recorded_release, recorded = budgets.read()
     if recorded_release != triton.__version__:
         console.print(f"budgets are for triton {recorded_release}: only spills on sm_{budgets.NO_SPILL_CC} are checked")
-    broken = budgets.breaches(found, recorded, release=triton.__version__, recorded_release=recorded_release)
-    for line in broken:
-        console.print(line, style="red", highlight=False)
-    return 1 if broken else 0
+    return budgets.breaches(found, recorded, release=triton.__version__, recorded_release=recorded_release)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """What a built kernel costs on the GPU, and the budget that it must keep.
 
-`budgets.json`, beside this file, holds for each build (kernel, variant, architecture) the most registers a thread may
-take, the most shared memory, and, where the machine code was read, the fewest 128-bit loads and stores: a change that
-loses vectorised access or spills is seen on a machine without a GPU. Budgets are those of one Triton release. Under
-another its code generator decides, and only what must hold everywhere is checked: no spill on sm_90.
+`budgets.json`, beside this file, holds for each build (kernel, example, launch shape, architecture) the most registers
+a thread may take, the most shared memory, and the fewest 128-bit accesses and tensor core instructions: a change that
+spills, loses vectorised access or falls back to scalar products is seen on a machine without a GPU. Budgets are those
+of one Triton release. Under another its code generator decides, and only what must hold everywhere is checked: no spill
+on sm_90.
 """
 
 from __future__ import annotations
@@ -24,9 +25,13 @@ REGISTER_STEP = 8
 """Registers are given to a warp in steps of 8 a thread, so that fewer than 8 more cost nothing: the budget's slack."""
 
 
+AT_LEAST = ("wide_loads", "wide_stores", "products", "hopper_products")
+"""What a budget bounds from below."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """Of one kernel: registers a thread; spilled and shared bytes; instruction counts, None where none were read."""
+    """Of one kernel: registers a thread; spilled and shared bytes; instruction counts, None where no code was read."""
 
     registers: int
     spilled: int
@@ -34,21 +39,27 @@ class Resources:
     shared: int
     instructions: int | None = None
     wide_loads: int | None = None
-    """128-bit loads from global memory (LDG.E.128)."""
+    """Loads from global memory of 128 bits a thread (LDG.E.128, cp.async), and bulk copies (TMA)."""
     wide_stores: int | None = None
+    products: int | None = None
+    """Tensor core instructions, of whatever kind the architecture has."""
+    hopper_products: int | None = None
+    """HGMMA, Hopper's: a whole warp group's product from shared memory."""
     local_accesses: int | None = None
     """LDL and STL: accesses to spilled registers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Bounds for `Resources`: at most these registers and bytes, at least these 128-bit accesses (None: any)."""
+    """Bounds for `Resources`: at most these registers and bytes, at least these instructions (None: any)."""
 
     registers: int
     spilled: int
     shared: int
-    wide_loads: int | None
-    wide_stores: int | None
+    wide_loads: int | None = None
+    wide_stores: int | None = None
+    products: int | None = None
+    hopper_products: int | None = None
 
     @classmethod
     def of(cls, found: Resources) -> Budget:
@@ -57,8 +68,7 @@ class Budget:
             registers=-(-found.registers // REGISTER_STEP) * REGISTER_STEP,
             spilled=found.spilled,
             shared=found.shared,
-            wide_loads=found.wide_loads,
-            wide_stores=found.wide_stores,
+            **{name: getattr(found, name) for name in AT_LEAST},
         )
 
 
@@ -71,7 +81,10 @@ def read(path: Path = BUDGETS) -> tuple[str, dict[str, Budget]]:
 def write(release: str, found: Mapping[str, Resources], path: Path = BUDGETS) -> None:
     """Make what was found the budget."""
     budgets = {key: asdict(Budget.of(resources)) for key, resources in sorted(found.items())}
-    lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(budget)}" for key, budget in budgets.items())
+    given = {
+        key: {name: bound for name, bound in budget.items() if bound is not None} for key, budget in budgets.items()
+    }
+    lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(budget)}" for key, budget in given.items())
     text = f'{{\n  "triton": {json.dumps(release)},\n  "budgets": {{\n{lines}\n  }}\n}}\n'
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
@@ -112,8 +125,8 @@ def _compare(found: Resources, budget: Budget) -> list[str]:
         value, most = getattr(found, name), getattr(budget, name)
         if value > most:
             lines.append(f"{name} {value}, budget {most}")
-    for name in ("wide_loads", "wide_stores"):
+    for name in AT_LEAST:
         value, least = getattr(found, name), getattr(budget, name)
-        if least is not None and (value is None or value < least):
+        if value is not None and least is not None and value < least:
             lines.append(f"{name} {value}, budget at least {least}")
     return lines

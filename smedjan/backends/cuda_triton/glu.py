@@ -1,24 +1,15 @@
-"""glu on Triton: launchers of `kernels/glu.py`. Formulas there."""
+"""glu on Triton: rules over `kernels/glu.py`. Formulas there."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from smedjan.backends.cuda_triton.activation import CURVES
 from smedjan.backends.cuda_triton.kernels import common
 from smedjan.backends.cuda_triton.kernels import glu as kernels
-from smedjan.backends.cuda_triton.norm import as_rows
-
-CURVES = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "relu": "relu",
-    "relu2": "relu2",
-}
-"""The kernels' name for each name in `hidden_act`."""
+from smedjan.backends.cuda_triton.launch import Launches
+from smedjan.backends.cuda_triton.rows import as_rows
+from smedjan.backends.cuda_triton.table import RULES
 
 
 def _flat(*tensors: Tensor) -> list[Tensor]:
@@ -28,50 +19,67 @@ def _flat(*tensors: Tensor) -> list[Tensor]:
     return [as_rows(tensor) for tensor in tensors]
 
 
-def glu(gate: Tensor, up: Tensor, *, act: str = "silu") -> Tensor:
+@RULES.kernel("glu", label="triton glu", inplace=((0, 0), (0, 1)))
+def glu(run: Launches, ins: tuple, outs: tuple, *, act: str) -> None:
     """gate, up [..., F] -> act(gate) * up [..., F]. The two may be halves of one [..., 2F] projection."""
-    assert gate.shape == up.shape
-    assert gate.dtype == up.dtype
-    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    gate, up = ins
+    (y,) = outs
     if gate.numel() == 0:
-        return y
-    gate2, up2 = _flat(gate, up)
-    rows, width = gate2.shape
+        return
+    gate, up, y = _flat(gate, up, y)
+    rows, width = gate.shape
     tile = common.flat_tile()
     blocks = common.cdiv(width, tile.cols)
-    kernels.glu_fwd[(rows * blocks,)](
-        gate2, up2, y, gate2.stride(0), up2.stride(0), width, blocks, ACT=CURVES[act], COLS=tile.cols, **tile.options
-    )
-    return y
-
-
-def glu_bwd(
-    gate: Tensor, up: Tensor, dy: Tensor, *, needs: tuple[bool, bool], act: str = "silu"
-) -> tuple[Tensor | None, Tensor | None]:
-    """gate, up, dy [..., F] -> dgate, dup [..., F]; None if not needed."""
-    assert any(needs), "a backward op that nothing needs"
-    assert gate.shape == up.shape == dy.shape
-    assert gate.dtype == up.dtype
-    dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if need else None for need in needs)
-    if gate.numel() == 0:
-        return dgate, dup
-    gate2, up2, dy2 = _flat(gate, up, dy)
-    rows, width = gate2.shape
-    tile = common.flat_tile()
-    blocks = common.cdiv(width, tile.cols)
-    kernels.glu_bwd[(rows * blocks,)](
-        gate2,
-        up2,
-        dy2,
-        dgate,
-        dup,
-        gate2.stride(0),
-        up2.stride(0),
-        dy2.stride(0),
+    strides = (gate.stride(0), up.stride(0), y.stride(0))
+    run.kernel(
+        kernels.glu_fwd,
+        (rows * blocks,),
+        gate,
+        up,
+        y,
+        *strides,
         width,
         blocks,
         ACT=CURVES[act],
         COLS=tile.cols,
         **tile.options,
     )
-    return dgate, dup
+
+
+@RULES.kernel("glu_bwd", label="triton glu_bwd", inplace=lambda node: _over(node.attrs["needs"]), strided=True)
+def glu_bwd(run: Launches, ins: tuple, outs: tuple, *, needs: tuple[bool, bool], act: str) -> None:
+    """gate, up, dy [..., F] -> dgate, dup [..., F], those of them that are needed."""
+    gate, up, dy = ins
+    if gate.numel() == 0:
+        return
+    found = iter(outs)
+    dgate, dup = (next(found) if need else None for need in needs)
+    given = [tensor for tensor in (gate, up, dy, dgate, dup) if tensor is not None]
+    flat = iter(_flat(*given))
+    gate, up, dy = next(flat), next(flat), next(flat)
+    dgate, dup = (None if tensor is None else next(flat) for tensor in (dgate, dup))
+    rows, width = gate.shape
+    tile = common.flat_tile()
+    blocks = common.cdiv(width, tile.cols)
+    strides = (tensor.stride(0) if tensor is not None else 0 for tensor in (gate, up, dy, dgate, dup))
+    run.kernel(
+        kernels.glu_bwd,
+        (rows * blocks,),
+        gate,
+        up,
+        dy,
+        dgate,
+        dup,
+        *strides,
+        width,
+        blocks,
+        ACT=CURVES[act],
+        COLS=tile.cols,
+        **tile.options,
+    )
+
+
+def _over(needs: tuple[bool, bool]) -> tuple[tuple[int, int], ...]:
+    """dgate over gate and dup over up, or either over dy."""
+    both = ((0, 0), (1, 1), (0, 2), (1, 2))
+    return both if all(needs) else ((0, 0), (0, 1), (0, 2))

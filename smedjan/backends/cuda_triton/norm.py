@@ -1,230 +1,266 @@
-"""rms_norm and layer_norm on Triton: launchers of `kernels/norm.py`. Formulas there.
+"""rms_norm and layer_norm on Triton, alone or behind a residual sum: rules over `kernels/norm.py` and
+`kernels/layer_norm.py`. Formulas there.
 
-Tensors are [..., D]: the leading dimensions are rows, one stride apart (`as_rows`). No launcher waits for the device.
+Arrays are [..., D] with contiguous rows, which may lie apart (`Rows`). A weight's gradient is made in two stages:
+partial sums of each program, in scratch memory, then one launch that adds them up, for weight and bias together.
 """
 
 from __future__ import annotations
 
-from math import prod
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from smedjan.backends.cuda_triton.kernels import common
+from smedjan.backends.cuda_triton.kernels import layer_norm as layer_kernels
 from smedjan.backends.cuda_triton.kernels import norm as kernels
+from smedjan.backends.cuda_triton.launch import Launches
+from smedjan.backends.cuda_triton.rows import rows_of
+from smedjan.backends.cuda_triton.table import RULES
 from smedjan.errors import ShapeError
+from smedjan.graph.node import Node
+
+BOTH = ((0, 0), (0, 1), (1, 0), (1, 1))
+"""sum over x or over delta, and y over the other."""
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """x [..., D] as a view [rows, D] with contiguous rows, one stride apart. Anything else is a defect of the plan."""
-    assert x.stride(-1) == 1 or x.shape[-1] <= 1, (
-        f"rows are not contiguous: shape {list(x.shape)}, strides {x.stride()}"
-    )
-    # view() cannot infer the row count of an empty tensor.
-    return x.view(prod(x.shape[:-1]), x.shape[-1])
-
-
-def _checked(x: Tensor, weight: Tensor, weight_cast: str) -> Tensor:
-    """x as rows, once the shapes and the attribute hold."""
-    assert weight_cast in ("before", "after"), f"weight_cast {weight_cast!r} is neither 'before' nor 'after'"
-    assert weight.shape == x.shape[-1:], f"weight {list(weight.shape)}, x {list(x.shape)}"
-    assert weight.is_contiguous()
-    if x.shape[-1] > common.MAX_WIDTH:
+def _checked(*parameters: Tensor | None) -> int:
+    """The width of a norm's rows, once its weight and bias hold."""
+    given = [parameter for parameter in parameters if parameter is not None]
+    assert all(parameter.is_contiguous() for parameter in given)
+    width = given[0].shape[0]
+    if width > common.MAX_WIDTH:
         raise ShapeError(
-            f"rms_norm over {x.shape[-1]} values, the Triton kernel holds at most {common.MAX_WIDTH}",
+            f"a norm over {width} values, the Triton kernel holds at most {common.MAX_WIDTH}",
             field="hidden_size",
             remedy="use --backend torch_reference",
         )
-    return as_rows(x)
+    return width
 
 
-def rms_norm(
-    x: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0, weight_cast: str = "before"
-) -> tuple[Tensor, Tensor]:
+@RULES.kernel("rms_norm", label="triton rms_norm", inplace=((0, 0),), strided=True)
+def rms_norm(run: Launches, ins: tuple, outs: tuple, **attrs: Any) -> None:
     """x [..., D], weight [D] -> y [..., D] in x's dtype, rstd [...] float32.
 
     `weight_cast` is when the product meets the weight: "before" rounds x * rstd to x's dtype first (Llama), "after"
     rounds once at the end (Gemma, with offset 1.0).
     """
-    x2 = _checked(x, weight, weight_cast)
-    rows, width = x2.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    x, weight = ins
+    y, rstd = outs
+    _rms_norm(run, (x, None, weight), (None, y, rstd), factor=1.0, **attrs)
+
+
+@RULES.kernel("add_rms_norm", label="triton add_rms_norm", inplace=BOTH, strided=True)
+def add_rms_norm(run: Launches, ins: tuple, outs: tuple, **attrs: Any) -> None:
+    """x, delta [..., D], weight [D] -> x + factor * delta, and y and rstd of that."""
+    _rms_norm(run, ins, outs, **attrs)
+
+
+def _rms_norm(
+    run: Launches, ins: tuple, outs: tuple, *, eps: float, weight_cast: str, offset: float, factor: float
+) -> None:
+    (x, delta, weight), (total, y, rstd) = ins, outs
+    width = _checked(weight)
     if x.numel() == 0:
-        return y, rstd
-    tile = common.norm_tile(width)
-    kernels.rms_norm_fwd[(common.cdiv(rows, tile.rows),)](
-        x2,
+        return
+    rows, tile = rows_of(x, delta, total, y), common.norm_tile(width)
+    run.kernel(
+        kernels.rms_norm_fwd,
+        (common.cdiv(rows.count, tile.rows),),
+        x,
+        delta,
         weight,
+        total,
         y,
         rstd,
-        x2.stride(0),
-        rows,
+        *rows.strides,
+        rows.heads,
+        rows.tokens,
+        rows.count,
         width,
         eps,
         offset,
+        factor,
         ROWS=tile.rows,
         COLS=tile.cols,
         CAST_BEFORE=weight_cast == "before",
         **tile.options,
     )
-    return y, rstd
 
 
+@RULES.kernel("layer_norm", label="triton layer_norm", inplace=((0, 0),), strided=True)
+def layer_norm(run: Launches, ins: tuple, outs: tuple, **attrs: Any) -> None:
+    """x [..., D], weight, bias [D] -> y [..., D] in x's dtype, mean and rstd [...] float32."""
+    x, weight, bias = ins
+    y, mean, rstd = outs
+    _layer_norm(run, (x, None, weight, bias), (None, y, mean, rstd), factor=1.0, **attrs)
+
+
+@RULES.kernel("add_layer_norm", label="triton add_layer_norm", inplace=BOTH, strided=True)
+def add_layer_norm(run: Launches, ins: tuple, outs: tuple, **attrs: Any) -> None:
+    """x, delta [..., D], weight, bias [D] -> x + factor * delta, and y, mean and rstd of that."""
+    _layer_norm(run, ins, outs, **attrs)
+
+
+def _layer_norm(run: Launches, ins: tuple, outs: tuple, *, eps: float, composed: bool, factor: float) -> None:
+    """`composed` names roundings that only an exact backend reproduces."""
+    (x, delta, weight, bias), (total, y, mean, rstd) = ins, outs
+    width = _checked(weight, bias)
+    if x.numel() == 0:
+        return
+    rows, tile = rows_of(x, delta, total, y), common.norm_tile(width)
+    run.kernel(
+        layer_kernels.layer_norm_fwd,
+        (common.cdiv(rows.count, tile.rows),),
+        x,
+        delta,
+        weight,
+        bias,
+        total,
+        y,
+        mean,
+        rstd,
+        *rows.strides,
+        rows.heads,
+        rows.tokens,
+        rows.count,
+        width,
+        eps,
+        factor,
+        ROWS=tile.rows,
+        COLS=tile.cols,
+        **tile.options,
+    )
+
+
+def _over(node: Node) -> tuple[tuple[int, int], ...]:
+    """dx over dy, over the cotangent that waits, or over x."""
+    names = node.op.parameters
+    return tuple((0, names.index(name)) for name in ("dy", "acc", "x")) if node.attrs["needs"][0] else ()
+
+
+@RULES.kernel("rms_norm_bwd", label="triton rms_norm_bwd", inplace=_over, strided=True)
 def rms_norm_bwd(
-    x: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
-    dy: Tensor,
-    acc: Tensor | None = None,
-    *,
-    needs: tuple[bool, bool],
-    eps: float,
-    offset: float = 0.0,
-    weight_cast: str = "before",
-) -> tuple[Tensor | None, Tensor | None]:
-    """x, dy, acc [..., D], weight [D], rstd [...] -> dx [..., D] in x's dtype, dw [D] in weight's; None if not needed.
+    run: Launches, ins: tuple, outs: tuple, *, needs: tuple[bool, bool], eps: float, weight_cast: str, offset: float
+) -> None:
+    """x, dy, acc [..., D], weight [D], rstd [...] -> dx [..., D] in x's dtype, dw [D] in weight's: what is needed.
 
     `acc` is the cotangent that already waits at x: dx includes it, and is rounded once. Neither `eps` (rstd holds it)
-    nor `weight_cast` (a rounding, whose derivative is 1) enters; they are the op's attributes.
+    nor `weight_cast` (a rounding, whose derivative is 1) enters.
     """
-    need_dx, need_dw = needs
-    assert need_dx or need_dw, "a backward op that nothing needs"
-    assert acc is None or (need_dx and acc.shape == x.shape), "acc waits at an x of another shape, or at one not needed"
-    assert dy.shape == x.shape
-    assert rstd.shape == x.shape[:-1]
-    assert rstd.is_contiguous()
-    x2, dy2, acc2 = _checked(x, weight, weight_cast), as_rows(dy), None if acc is None else as_rows(acc)
-    rows, width = x2.shape
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_dx else None
-    if rows == 0:
-        return dx, torch.zeros_like(weight) if need_dw else None
+    x, weight, rstd, dy, acc = ins
+    dx, *sums = _named(outs, needs)
+    _backward(run, kernels.rms_norm_bwd, (x, weight, rstd, dy, acc), dx, sums, offset)
 
+
+@RULES.kernel("layer_norm_bwd", label="triton layer_norm_bwd", inplace=_over, strided=True)
+def layer_norm_bwd(
+    run: Launches, ins: tuple, outs: tuple, *, needs: tuple[bool, bool, bool], eps: float, composed: bool
+) -> None:
+    """x, dy, acc [..., D], weight [D], mean, rstd [...] -> dx [..., D] in x's dtype, dw, db [D]: what is needed."""
+    x, weight, _bias, mean, rstd, dy, acc = ins
+    dx, *sums = _named(outs, needs)
+    _backward(run, layer_kernels.layer_norm_bwd, (x, weight, mean, rstd, dy, acc), dx, sums)
+
+
+def _named(outs: tuple, needs: Sequence[bool]) -> list[Tensor | None]:
+    found = iter(outs)
+    return [next(found) if need else None for need in needs]
+
+
+def _backward(
+    run: Launches, kernel: Any, ins: tuple, dx: Tensor | None, sums: Sequence[Tensor | None], *scalars: float
+) -> None:
+    """`ins`: x, weight, what the forward pass saved, dy and acc. `sums`: the gradients that are sums over rows."""
+    x, weight, *saved, dy, acc = ins
+    assert all(each.is_contiguous() for each in saved)
+    width, wanted = _checked(weight), [out for out in sums if out is not None]
+    if x.numel() == 0:
+        for out in wanted:
+            run.zero(out)
+        return
+    rows, fused = rows_of(x, dy, acc, dx), width <= common.MAX_FUSED_WIDTH
     tile = common.norm_bwd_tile(width)
-    fused = need_dw and width <= common.MAX_FUSED_WIDTH
-    partial = None
-    if fused:
-        partial = torch.empty(common.row_programs(rows, tile), width, dtype=torch.float32, device=x.device)
-    if need_dx or fused:
-        # Without dw no program needs to live longer than its tile.
-        programs = common.cdiv(rows, tile.rows) if partial is None else partial.shape[0]
-        kernels.rms_norm_bwd[(programs,)](
-            x2,
-            weight,
-            rstd,
-            dy2,
-            acc2,
+    # Without sums no program needs to live longer than its tile.
+    programs = common.cdiv(rows.count, tile.rows)
+    partial, parts = None, [None] * len(sums)
+    if wanted:
+        shared = common.row_programs(rows.count, tile) if fused else common.wide_programs(rows.count)
+        partial = run.scratch((len(wanted) * shared, width), torch.float32)
+        split = iter(partial.split(shared))
+        parts = [None if out is None else next(split) for out in sums]
+        if fused:
+            programs = shared
+        else:
+            # Before dx, which may take the place of x or of dy.
+            _wide_partials(run, x, saved, dy, parts, shared)
+            parts = [None] * len(sums)
+    if dx is not None or (wanted and fused):
+        run.kernel(
+            kernel,
+            (programs,),
+            *ins,
             dx,
-            partial,
-            x2.stride(0),
-            dy2.stride(0),
-            0 if acc2 is None else acc2.stride(0),
-            rows,
+            *parts,
+            *rows.strides,
+            rows.heads,
+            rows.tokens,
+            rows.count,
             width,
-            offset,
+            *scalars,
             ROWS=tile.rows,
             COLS=tile.cols,
             **tile.options,
         )
-    if not need_dw:
-        return dx, None
-    if partial is None:
-        partial = _wide_partial(x2, rstd, dy2)
-    return dx, _column_sum(partial, weight.dtype)
+    if partial is not None:
+        column_sums(run, partial, wanted)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x [..., D], weight, bias [D] -> y [..., D] in x's dtype, mean and rstd [...] float32. D <= MAX_FUSED_WIDTH."""
-    assert weight.shape == x.shape[-1:], f"weight {list(weight.shape)}, x {list(x.shape)}"
-    assert x.shape[-1] <= common.MAX_FUSED_WIDTH, f"rows of {x.shape[-1]}"
-    assert weight.is_contiguous()
-    assert bias is None or (bias.shape == weight.shape and bias.is_contiguous())
-    x2 = as_rows(x)
-    rows, width = x2.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    mean = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    if x.numel() == 0:
-        return y, mean, rstd
-    tile = common.norm_tile(width)
-    kernels.layer_norm_fwd[(common.cdiv(rows, tile.rows),)](
-        x2, weight, bias, y, mean, rstd, x2.stride(0), rows, width, eps, ROWS=tile.rows, COLS=tile.cols, **tile.options
-    )
-    return y, mean, rstd
-
-
-def layer_norm_bwd(
-    x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, dy: Tensor, *, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """x, dy [..., D], weight [D], mean, rstd [...] -> dx [..., D] in x's dtype, dw, db [D] in weight's; None if not
-    needed."""
-    assert any(needs), "a backward op that nothing needs"
-    assert dy.shape == x.shape
-    assert mean.shape == rstd.shape == x.shape[:-1]
-    assert mean.is_contiguous()
-    assert rstd.is_contiguous()
-    assert weight.is_contiguous()
-    x2, dy2 = as_rows(x), as_rows(dy)
-    rows, width = x2.shape
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
-    if rows == 0:
-        none = torch.zeros_like(weight)
-        return dx, none if needs[1] else None, none.clone() if needs[2] else None
-    tile = common.norm_bwd_tile(width)
-    # Without dw and db no program needs to live longer than its tile.
-    programs = common.row_programs(rows, tile) if any(needs[1:]) else common.cdiv(rows, tile.rows)
-    dw, db = (
-        torch.empty(programs, width, dtype=torch.float32, device=x.device) if need else None for need in needs[1:]
-    )
-    kernels.layer_norm_bwd[(programs,)](
-        x2,
-        weight,
+def _wide_partials(
+    run: Launches, x: Tensor, saved: Sequence[Tensor], dy: Tensor, parts: Sequence[Tensor | None], programs: int
+) -> None:
+    """[programs, width] each: of dy * n and, of a layer norm, of dy."""
+    rows, width, tile = rows_of(x, dy), x.shape[-1], common.column_tile()
+    mean, rstd = saved if len(saved) == 2 else (None, saved[0])
+    dw, db = parts if len(parts) == 2 else (parts[0], None)
+    run.kernel(
+        kernels.wide_partials,
+        (programs, common.cdiv(width, tile.cols)),
+        x,
         mean,
         rstd,
-        dy2,
-        dx,
+        dy,
         dw,
         db,
-        x2.stride(0),
-        dy2.stride(0),
-        rows,
+        *rows.strides,
+        rows.heads,
+        rows.tokens,
+        rows.count,
         width,
         ROWS=tile.rows,
         COLS=tile.cols,
         **tile.options,
     )
-    dweight, dbias = (None if partial is None else _column_sum(partial, weight.dtype) for partial in (dw, db))
-    return dx, dweight, dbias
 
 
-def _wide_partial(x: Tensor, rstd: Tensor, dy: Tensor) -> Tensor:
-    """x, dy [rows, width], rstd [rows] -> [programs, width] float32: dy * x * rstd, summed over a program's rows."""
-    rows, width = x.shape
-    tile = common.column_tile()
-    groups = min(common.cdiv(rows, tile.rows), common.MAX_WIDE_PROGRAMS)
-    partial = torch.empty(groups, width, dtype=torch.float32, device=x.device)
-    kernels.rms_norm_dw[(groups, common.cdiv(width, tile.cols))](
-        x,
-        rstd,
-        dy,
+def column_sums(run: Launches, partial: Tensor, outs: Sequence[Tensor], counts: Sequence[int] = ()) -> None:
+    """partial [rows, width] float32 -> one or two results [width]: each the sum of its part of the rows, `counts` of
+    them, or as many as the other."""
+    rows, width = partial.shape
+    counts = counts or [rows // len(outs)] * len(outs)
+    tile = common.sums_tile(width)
+    run.kernel(
+        kernels.column_sums,
+        (common.cdiv(width, tile.cols), len(outs)),
         partial,
-        x.stride(0),
-        dy.stride(0),
-        rows,
+        outs[0],
+        outs[1] if len(outs) == 2 else None,
+        counts[0],
+        counts[1] if len(outs) == 2 else 0,
         width,
         ROWS=tile.rows,
         COLS=tile.cols,
         **tile.options,
     )
-    return partial
-
-
-def _column_sum(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """partial [programs, width] float32 -> [width]: the second stage of the reduction."""
-    programs, width = partial.shape
-    tile = common.column_tile()
-    out = torch.empty(width, dtype=dtype, device=partial.device)
-    kernels.column_sum[(common.cdiv(width, tile.cols),)](
-        partial, out, programs, width, ROWS=tile.rows, COLS=tile.cols, **tile.options
-    )
-    return out

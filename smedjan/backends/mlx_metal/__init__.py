@@ -21,6 +21,7 @@ from smedjan.backends.mlx_metal import (  # noqa: F401  (each fills RULES)
     loss,
     norm,
     optimizer,
+    quantized,
     random,
     rope,
 )
@@ -92,7 +93,7 @@ class MlxBackend(Backend):
     def synchronize(self, arrays: Mapping[str, mx.array]) -> None:
         mx.eval(dict(arrays))
 
-    def program(self, graph: Graph) -> Program:
+    def program(self, graph: Graph, pool: Any = None) -> Program:
         """Fused on Metal alone: MLX's CPU build runs a C++ compiler, seconds long, for every kernel it fuses."""
         return MlxProgram(graph, self.rules, fuse=self.device == "metal")
 

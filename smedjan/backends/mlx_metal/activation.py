@@ -88,3 +88,20 @@ CURVES: dict[str, tuple[Curve, Curve]] = {
     "relu2": (lambda x: mx.square(mx.maximum(x, 0)), lambda x: 2 * mx.maximum(x, 0)),
 }
 """Each activation and its slope, of float32 arrays."""
+
+
+def _rules(name: str) -> None:
+    curve, slope = CURVES[name]
+
+    def forward(x: mx.array) -> mx.array:
+        return curve(wide(x)).astype(x.dtype)
+
+    def backward(dy: mx.array, x: mx.array) -> mx.array:
+        return (wide(dy) * slope(wide(x))).astype(dy.dtype)
+
+    RULES.rule(name)(forward)
+    RULES.rule(f"{name}_bwd")(backward)
+
+
+_rules("gelu_new")
+_rules("relu2")

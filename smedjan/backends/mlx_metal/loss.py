@@ -47,7 +47,36 @@ def nll_loss_bwd(dy: mx.array, log_probs: mx.array, labels: mx.array) -> mx.arra
     return mx.where(_is_target(labels, log_probs.shape[1]), -dy, mx.zeros((), dtype=dy.dtype)).astype(log_probs.dtype)
 
 
-@RULES.rule("linear_cross_entropy", label="mlx, chunked rows")
+@RULES.rule("pick")
+def pick(x: mx.array, labels: mx.array) -> mx.array:
+    return _picked(x, labels).astype(x.dtype)
+
+
+@RULES.rule("pick_bwd")
+def pick_bwd(dy: mx.array, labels: mx.array, *, size: int) -> mx.array:
+    return mx.where(_is_target(labels, size), dy[:, None], mx.zeros((), dtype=dy.dtype))
+
+
+@RULES.rule("sum_trained")
+def sum_trained(x: mx.array, labels: mx.array) -> mx.array:
+    return mx.where(_trained(labels, x), wide(x), 0.0).sum().astype(x.dtype)
+
+
+@RULES.rule("sum_trained_bwd")
+def sum_trained_bwd(dy: mx.array, x: mx.array, labels: mx.array) -> mx.array:
+    return mx.where(_trained(labels, x), mx.broadcast_to(dy, x.shape), mx.zeros((), dtype=x.dtype))
+
+
+def _trained(labels: mx.array, x: mx.array) -> mx.array:
+    """[N, 1, ...], to broadcast over x [N, ...]: true where the row is trained."""
+    return (labels != IGNORE).reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def _without_z_loss(node) -> bool:
+    return not node.attrs["z_loss"]
+
+
+@RULES.rule("linear_cross_entropy", label="mlx, chunked rows", supports=_without_z_loss)
 def linear_cross_entropy(
     x: mx.array,
     weight: mx.array,
@@ -58,6 +87,7 @@ def linear_cross_entropy(
     scaling: float,
     divisor: float,
     cap: float,
+    z_loss: float,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Gradients for a cotangent of one. dweight is summed over chunks in float32 and rounded once."""
     flat, labels, vocab_size = flat_rows(x), labels.astype(mx.int32), weight.shape[0]

@@ -88,6 +88,7 @@ def layer_norm_bwd(
     mean: mx.array,
     rstd: mx.array,
     dy: mx.array,
+    acc: mx.array | None,
     *,
     needs: tuple[bool, bool, bool],
     eps: float,
@@ -99,7 +100,8 @@ def layer_norm_bwd(
     if needs[0]:
         through = cotangent * wide(weight)
         middle = through.mean(axis=-1, keepdims=True) + normed * (through * normed).mean(axis=-1, keepdims=True)
-        made.append((root * (through - middle)).astype(x.dtype))
+        dx = root * (through - middle)
+        made.append((dx if acc is None else dx + wide(acc)).astype(x.dtype))
     if needs[1]:
         made.append((cotangent * normed).reshape(-1, x.shape[-1]).sum(axis=0).astype(weight.dtype))
     if needs[2]:

@@ -14,10 +14,13 @@ from smedjan.backends.torch_reference import (  # noqa: F401  (each fills RULES)
     cache,
     elementwise,
     embedding,
+    fp8,
     linear,
     loss,
     norm,
+    offload,
     optimizer,
+    quantized,
     random,
     rope,
 )

@@ -131,3 +131,60 @@ def sdpa_decode(q, k, v, mask, *, causal, scale):
         q, k, v, attn_mask=mask, scale=scale, is_causal=False, enable_gqa=times > 1
     )
     return y, None
+
+
+@RULES.rule("document_bounds")
+def document_bounds(segment_ids):
+    places = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
+    differs = segment_ids[:, 1:] != segment_ids[:, :-1]
+    begins, ends = torch.zeros_like(places), torch.full_like(places, segment_ids.shape[1])
+    begins[:, 1:] = places[:, 1:].where(differs, 0)
+    ends[:, :-1] = places[:, 1:].where(differs, segment_ids.shape[1])
+    end = ends.flip(1).cummin(1).values.flip(1) if segment_ids.numel() else ends
+    start = begins.cummax(1).values if segment_ids.numel() else begins
+    return start.to(torch.int32), end.to(torch.int32)
+
+
+@RULES.rule("attention_mask")
+def attention_mask(q, k, key_mask, start, end, length, *, causal, window):
+    (batch, _, queries, _), keys = q.shape, k.shape[2]
+    filled = torch.as_tensor(keys if length is None else length, device=q.device).reshape(-1, 1, 1)
+    place = filled - queries + torch.arange(queries, device=q.device)[:, None]
+    key = torch.arange(keys, device=q.device)
+    seen = (key < filled).expand(batch, queries, keys)
+    if causal:
+        seen = seen & (key <= place)
+    if window:
+        seen = seen & (key > place - window)
+    if key_mask is not None:
+        # Over a cache it is as long as what is filled.
+        seen = seen & torch.nn.functional.pad(key_mask, (0, keys - key_mask.shape[1]))[:, None]
+    if start is not None:
+        seen = seen & (key >= start[..., None]) & (key < end[..., None])
+    return seen[:, None]
+
+
+@RULES.rule("masked_softmax")
+def masked_softmax(x, mask, sinks):
+    scores = x.masked_fill(mask.logical_not(), float("-inf"))
+    sink = x.new_full((1,), float("-inf")) if sinks is None else sinks.to(x.dtype)
+    sink = sink[:, None, None].expand(*x.shape[:1], x.shape[1], x.shape[2], 1)
+    scores = torch.cat([scores, sink], -1)
+    # A row without any term has the maximum -inf, and -inf - -inf is NaN.
+    terms = torch.exp(scores - scores.amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).min))
+    total = terms.sum(-1, keepdim=True)
+    shares = terms / total.where(total > 0, 1.0)
+    return shares[..., :-1], shares[..., -1]
+
+
+@RULES.rule("masked_softmax_bwd")
+def masked_softmax_bwd(dy, y, rest, sinks):
+    inner = (dy * y).sum(-1, keepdim=True)
+    dx = y * (dy - inner)
+    return dx if sinks is None else (dx, -(rest * inner[..., 0]).sum((0, 2)).to(sinks.dtype))
+
+
+@RULES.rule("gather_pages")
+def gather_pages(pages, block_table):
+    batch, heads, dim = block_table.shape[0], pages.shape[1], pages.shape[3]
+    return pages[block_table.long()].transpose(1, 2).reshape(batch, heads, -1, dim)

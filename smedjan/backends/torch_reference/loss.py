@@ -1,4 +1,7 @@
-"""log_softmax and negative log-likelihood, as torch.nn.functional.cross_entropy(reduction="sum") calls them."""
+"""log_softmax and negative log-likelihood, as torch.nn.functional.cross_entropy(reduction="sum") calls them.
+
+What else a head's losses are made of: a column of each row, and sums over trained rows.
+"""
 
 from __future__ import annotations
 
@@ -29,3 +32,31 @@ def nll_loss(log_probs, labels):
 def nll_loss_bwd(dy, log_probs, labels):
     total = log_probs.new_zeros(())  # read only by the mean
     return torch.ops.aten.nll_loss_backward(dy, log_probs, labels, None, SUM, IGNORE, total)
+
+
+@RULES.rule("pick")
+def pick(x, labels):
+    trained = labels != IGNORE
+    return x.gather(-1, (labels * trained).unsqueeze(-1)).squeeze(-1).masked_fill(~trained, 0.0)
+
+
+@RULES.rule("pick_bwd")
+def pick_bwd(dy, labels, *, size):
+    trained = labels != IGNORE
+    dx = dy.new_zeros(len(labels), size)
+    return dx.scatter_(-1, (labels * trained).unsqueeze(-1), dy.masked_fill(~trained, 0.0).unsqueeze(-1))
+
+
+@RULES.rule("sum_trained")
+def sum_trained(x, labels):
+    return x.masked_fill(_beside(labels == IGNORE, x), 0.0).sum()
+
+
+@RULES.rule("sum_trained_bwd")
+def sum_trained_bwd(dy, x, labels):
+    return dy.expand(x.shape).masked_fill(_beside(labels == IGNORE, x), 0.0)
+
+
+def _beside(rows, x):
+    """rows [N] as [N, 1, ...], to broadcast over x [N, ...]"""
+    return rows.view(-1, *(1,) * (x.dim() - 1))

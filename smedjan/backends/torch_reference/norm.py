@@ -19,9 +19,11 @@ def layer_norm(x, weight, bias, *, eps, composed):
 
 
 @RULES.rule("layer_norm_bwd", label="aten native_layer_norm_backward", supports=_one_call)
-def layer_norm_bwd(x, weight, bias, mean, rstd, dy, *, needs, eps, composed):
+def layer_norm_bwd(x, weight, bias, mean, rstd, dy, acc, *, needs, eps, composed):
     made = torch.ops.aten.native_layer_norm_backward(dy, x, list(weight.shape), mean, rstd, weight, bias, list(needs))
     kept = [gradient for gradient, need in zip(made, needs, strict=True) if need]
+    if acc is not None:
+        kept[0] = acc + kept[0]
     return kept[0] if len(kept) == 1 else tuple(kept)
 
 

@@ -1,10 +1,12 @@
-"""torch.optim.AdamW's single-tensor step and torch.nn.utils.clip_grad_norm_, call for call."""
+"""torch.optim.AdamW's single-tensor step and torch.nn.utils.clip_grad_norm_, call for call; narrower state."""
 
 from __future__ import annotations
 
 import torch
 
+from smedjan.backends.torch_reference.random import MASK, philox
 from smedjan.backends.torch_reference.table import RULES
+from smedjan.ops.optimizer import BLOCK, ZERO, magnitudes, middles
 
 
 @RULES.rule("accumulate")
@@ -34,3 +36,40 @@ def adamw_update(param, grad, exp_avg, exp_avg_sq, lr, step, grad_scale, *, beta
     denom = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
     param.addcdiv_(exp_avg, denom, value=-step_size)
     return param, exp_avg, exp_avg_sq
+
+
+@RULES.rule("stochastic_round")
+def stochastic_round(x, step, seed, *, site):
+    count, seed = x.numel(), int(seed)
+    index = torch.arange((count + 7) // 8, dtype=torch.int64, device=x.device)
+    words = torch.stack(philox((index, site, int(step), MASK), (seed & MASK, seed >> 32 & MASK)), dim=-1)
+    chance = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(-1)[:count].reshape(x.shape)
+    bits = (x.contiguous().view(torch.int32).to(torch.int64) & MASK) + chance >> 16
+    # A carry could make a NaN of another number.
+    return torch.where(x.isnan(), 0x7FC0, bits).to(torch.int16).view(torch.bfloat16)
+
+
+def _magnitudes(signed, device):
+    return tuple(torch.tensor(values(signed=signed), device=device) for values in (magnitudes, middles))
+
+
+@RULES.rule("dequantize_blocks")
+def dequantize_blocks(codes, absmax, *, signed):
+    levels, _ = _magnitudes(signed, codes.device)
+    if signed:
+        levels = torch.cat((-levels[1:-1].flip(0), levels))
+    return (levels[codes.to(torch.int64).reshape(-1, BLOCK)] * absmax[:, None]).reshape(codes.shape)
+
+
+@RULES.rule("quantize_blocks")
+def quantize_blocks(x, *, signed):
+    _, between = _magnitudes(signed, x.device)
+    blocks = x.reshape(-1, BLOCK)
+    absmax = blocks.abs().amax(dim=-1)
+    # A product with the reciprocal, by definition; a smaller scale's may be infinite.
+    level = torch.searchsorted(between, blocks.abs() * (1.0 / absmax.clamp(min=2.0**-126))[:, None])
+    if signed:
+        code = torch.where(blocks < 0, ZERO - level.clamp(max=ZERO), ZERO + level)
+    else:
+        code = torch.where(blocks > 0, level.clamp(min=1), level)
+    return code.to(torch.uint8).reshape(x.shape), absmax

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smedjan.backends.cpu_native import RULES, loss
-from tests.backends.cpu_native.fused_cases import CASES, LORA, _loss
+from tests.backends.cpu_native.fused_cases import CASES, HEADS, LORA, _loss
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -16,6 +16,13 @@ DTYPES = [torch.float32, torch.bfloat16]
 def test_fused_op(name, dtype):
     op, case = CASES[name]
     case.check(RULES, op, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_that_is_decomposed(name, dtype):
+    """Before it is differentiated, where its gradient would have been saved in the forward."""
+    HEADS[name][1].check(RULES, "log_softmax", dtype)
 
 
 @pytest.mark.parametrize("name", LORA)

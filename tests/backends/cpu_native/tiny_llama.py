@@ -90,7 +90,7 @@ def _results(session: Session, kind: str) -> dict[str, torch.Tensor]:
             seen = logits[torch.from_numpy(batch.attention_mask) != 0] if batch.kind == "padded" else logits
             found[f"logits {micro} {seed}"] = seen
         assert totals is not None
-        found.update({f"{name} {seed}": array for name, array in totals.items()})
+        found.update({f"{name} {seed}": array.clone() for name, array in totals.items()})
     return found
 
 
@@ -103,4 +103,4 @@ def programs(name: str, *, lora: Lora | None = None, dtype: str = "float32") -> 
         form = session.form(batch_of(kind), rows=4)
         made += [session.micro_program(form, names, accumulate=again) for again in (False, True)]
     shapes = {n: (tuple(session.parameters[n].shape), str(session.parameters[n].dtype)[6:]) for n in names}
-    return [*made, session.finish(AdamW(clip=1.0).graph(shapes, exact=False))]
+    return [*made, session.finish(AdamW(clip=1.0).graph(shapes, exact=False, buckets=True))]

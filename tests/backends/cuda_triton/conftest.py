@@ -27,7 +27,7 @@ from tests.tolerances import UNIT_ROUNDOFF  # noqa: E402
 GUARD = 64
 """Elements of no man's land on each side of an allocation."""
 
-POISON = {torch.int64: -(2**62), torch.int32: -(2**30)}
+POISON = {torch.int64: -(2**62), torch.int32: -(2**30), torch.uint8: 171}
 """What fills a buffer that cannot hold NaN."""
 
 
@@ -44,6 +44,10 @@ class Allocations:
         self.buffers.append((flat, count))
         return flat.as_strided(shape, strides, GUARD)
 
+    def fresh(self, shape: tuple[int, ...], dtype: torch.dtype, device: object) -> Tensor:
+        """In place of `apply.allocate`."""
+        return self.make(tuple(shape), torch.empty(shape, device="meta").stride(), dtype, device)
+
     @property
     def sizes(self) -> list[int]:
         return [count for _, count in self.buffers]
@@ -55,32 +59,12 @@ class Allocations:
                 assert bool(intact.all()), f"a kernel wrote outside a buffer of {count} {flat.dtype}"
 
 
-class GuardedTorch:
-    """The `torch` of a launcher's module, whose `empty` and `empty_like` come from `Allocations`."""
-
-    def __init__(self, made: Allocations) -> None:
-        self._made = made
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(torch, name)
-
-    def empty(self, *size: object, dtype: torch.dtype, device: object) -> Tensor:
-        real = torch.empty(*size, dtype=dtype, device="meta")  # type: ignore[call-overload]
-        return self._made.make(tuple(real.shape), real.stride(), dtype, device)
-
-    def empty_like(self, x: Tensor) -> Tensor:
-        real = torch.empty_like(x, device="meta")
-        return self._made.make(tuple(real.shape), real.stride(), real.dtype, x.device)
-
-
 @pytest.fixture(autouse=True)
 def allocations(monkeypatch: pytest.MonkeyPatch) -> Iterator[Allocations]:
     """Poisons and guards what the launchers allocate: a value that a kernel forgets to write shows as NaN."""
     made = Allocations()
-    for name in ("norm", "rope", "glu", "loss", "optimizer"):
-        monkeypatch.setattr(
-            importlib.import_module(f"smedjan.backends.cuda_triton.{name}"), "torch", GuardedTorch(made)
-        )
+    module = importlib.import_module("smedjan.backends.cuda_triton.apply")
+    monkeypatch.setattr(module, "allocate", made.fresh)
     yield made
     made.check()
 
@@ -116,3 +100,15 @@ def same() -> Callable[[Tensor | None, Tensor | None], None]:
             torch.testing.assert_close(value, other, rtol=0, atol=8 * UNIT_ROUNDOFF[other.dtype] * largest)
 
     return check
+
+
+@pytest.fixture
+def chunked(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """chunked(n): a head holds n rows of logits at once."""
+
+    from smedjan.backends.cuda_triton.kernels import common
+
+    def set_to(size: int) -> None:
+        monkeypatch.setattr(common, "chunk_rows", lambda rows, *_, **__: min(rows, size))
+
+    return set_to

@@ -10,8 +10,18 @@ import pytest
 from smedjan.backends.cuda_triton import budgets
 from smedjan.backends.cuda_triton.budgets import Budget, Resources
 
-FOUND = Resources(registers=41, spilled=0, shared=512, instructions=200, wide_loads=4, wide_stores=2, local_accesses=0)
-KEY = "norm.rms_norm_fwd bf16 576 sm_90"
+FOUND = Resources(
+    registers=41,
+    spilled=0,
+    shared=512,
+    instructions=200,
+    wide_loads=4,
+    wide_stores=2,
+    products=8,
+    hopper_products=4,
+    local_accesses=0,
+)
+KEY = "norm.rms_norm_fwd | rms_norm bf16 8192 x 576 | COLS=1024 num_warps=4 | sm_90"
 
 
 def breaches(found: Resources | None, *, key: str = KEY, release: str = "3.9.0") -> list[str]:
@@ -28,7 +38,13 @@ def test_registers_have_the_slack_of_one_allocation_step():
 
 @pytest.mark.parametrize(
     ("change", "text"),
-    [({"shared": 513}, "shared 513"), ({"wide_loads": 3}, "wide_loads 3"), ({"wide_stores": None}, "wide_stores None")],
+    [
+        ({"shared": 513}, "shared 513"),
+        ({"wide_loads": 3}, "wide_loads 3"),
+        ({"wide_stores": 0}, "wide_stores 0"),
+        ({"products": 7}, "products 7"),
+        ({"hopper_products": 0}, "hopper_products 0"),
+    ],
 )
 def test_each_bound_is_held(change, text):
     (line,) = breaches(replace(FOUND, **change))
@@ -37,6 +53,10 @@ def test_each_bound_is_held(change, text):
 
 def test_fewer_and_wider_is_no_breach():
     assert breaches(replace(FOUND, registers=16, shared=0, wide_loads=8, wide_stores=4)) == []
+
+
+def test_what_no_code_was_read_for_is_no_breach():
+    assert breaches(replace(FOUND, wide_loads=None, wide_stores=None, products=None, hopper_products=None)) == []
 
 
 def test_a_spill_on_sm_90_is_a_breach_under_every_release():

@@ -23,9 +23,15 @@ def test_a_norm_tile_holds_whole_rows(table, width):
     assert tile.rows * tile.cols // (32 * tile.num_warps) <= 32, "more values than a thread has registers for"
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("vocab", [1, 33, 4095, 4096, 49152, 151936])
-def test_a_vocabulary_tile_is_one_step_or_4096(vocab):
-    assert common.vocab_tile(vocab).cols == min(common.next_power_of_2(vocab), 4096)
+def test_a_vocabulary_tile_is_runs_of_16_bytes(vocab, itemsize, heads):
+    tile = common.vocab_tile(vocab, itemsize, heads=heads)
+    assert tile.cols * itemsize == 16
+    assert tile.rows & (tile.rows - 1) == tile.num_warps & (tile.num_warps - 1) == 0
+    assert tile.rows * tile.cols >= vocab or tile.rows * tile.cols * heads == 16384
+    assert tile.rows * tile.cols // (32 * tile.num_warps) <= 16
 
 
 @pytest.mark.parametrize("head_dim", [2, 14, 64, 66, 96, 128, 256])
@@ -35,19 +41,34 @@ def test_a_rope_tile_holds_half_a_head(head_dim):
     assert tile.rows * tile.cols <= 1024
 
 
+@pytest.mark.parametrize(("dim", "rest"), [(64, 192), (32, 48), (2, 254), (128, 128)])
+def test_a_rope_tile_has_room_for_the_rest_of_a_head(dim, rest):
+    tile = common.rope_tile(dim, rest, norm=True)
+    assert tile.rows * common.next_power_of_2(rest) <= 2048
+    assert tile.rows <= common.rope_tile(dim, rest).rows <= common.rope_tile(dim).rows
+
+
 def test_heads_are_grouped_only_where_there_is_work_for_all():
     assert common.rope_heads(9, 1) == 1
-    assert common.rope_heads(9, 4096) == 4
+    assert common.rope_heads(9, 512) == 4
     assert common.rope_heads(3, 4096) == 3
+    assert common.rope_heads(0, 8) == 1
 
 
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize(
-    ("rows", "vocab", "itemsize"), [(1, 50, 4), (4096, 49152, 2), (10**6, 151936, 4), (64, 10**7, 4)]
+    ("rows", "vocab", "dtype"),
+    [(1, 50, torch.float32), (4096, 49152, torch.bfloat16), (10**6, 151936, torch.float32), (64, 10**7, torch.float32)],
+    ids=str,
 )
-def test_chunks_fit_the_buffer_or_are_the_smallest(rows, vocab, itemsize):
-    chunk = common.chunk_rows(rows, vocab, itemsize)
+def test_chunks_fit_the_buffer_or_are_the_smallest(rows, vocab, dtype, heads, summed):
+    """In `LOGITS_BYTES`, or in half of what a weight gradient that is summed over chunks takes."""
+    weight = torch.empty(vocab, 512, dtype=dtype, device="meta")
+    chunk = common.chunk_rows(rows, weight, heads, summed=summed)
     assert 1 <= chunk <= rows
-    assert chunk * vocab * itemsize <= common.LOGITS_BYTES or chunk <= 128
+    room = max(common.LOGITS_BYTES, weight.numel() * 2) if summed else common.LOGITS_BYTES
+    assert chunk * heads * common.padded_vocab(vocab) * dtype.itemsize <= room or chunk <= 128
     assert chunk == rows or chunk % 128 == 0
 
 

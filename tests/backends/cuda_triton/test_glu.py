@@ -7,12 +7,25 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from smedjan.backends.cuda_triton.glu import CURVES, glu, glu_bwd
+from smedjan.backends.cuda_triton.apply import apply
+from smedjan.backends.cuda_triton.glu import CURVES
 from smedjan.ops.activation import ACTIVATIONS
 from tests.tolerances import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (1, 7), (5, 33), (3, 96), (2, 3, 576), (2, 1536), (1, 4097)]
+
+
+def glu(gate: Tensor, up: Tensor, *, act: str = "silu") -> Tensor:
+    return apply("glu", gate, up, act=act)
+
+
+def glu_bwd(
+    gate: Tensor, up: Tensor, dy: Tensor, *, needs: tuple[bool, bool], act: str = "silu"
+) -> tuple[Tensor | None, Tensor | None]:
+    made = apply("glu_bwd", gate, up, dy, needs=needs, act=act)
+    found = iter(made if isinstance(made, tuple) else (made,))
+    return tuple(next(found) if need else None for need in needs)
 
 
 def plain(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:

@@ -1,36 +1,150 @@
-"""cross_entropy and the fused head on Triton against float64 torch and torch.autograd."""
+"""The heads on Triton and cuBLAS against float64, over generated shapes; mistakes that the bound finds; extremes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
+from smedjan.backends.cuda_triton import loss
+from smedjan.backends.cuda_triton.apply import apply, immediate
 from smedjan.backends.cuda_triton.kernels import common
-from smedjan.backends.cuda_triton.loss import cross_entropy, cross_entropy_bwd, linear_cross_entropy
-from tests.tolerances import UNIT_ROUNDOFF, assert_close
+from smedjan.backends.cuda_triton.kernels import loss as kernels
+from smedjan.backends.cuda_triton.loss import Shaping
+from smedjan.backends.cuda_triton.rules import RULES
+from tests.backends.cpu_native.fused_cases import HEADS
+from tests.backends.cuda_triton.conftest import DEVICE
+from tests.backends.cuda_triton.loss_cases import (
+    BF16,
+    CROSS_ENTROPY,
+    DTYPES,
+    F32,
+    KL,
+    LOG_PROBS,
+    STEP,
+    Case,
+    check_cross_entropy,
+    check_kl,
+    check_log_probs,
+)
+from tests.backends.cuda_triton.mutate import mutated
+from tests.tolerances import assert_close
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 7), (5, 33), (3, 96), (2, 1536), (3, 5003), (2, 8192)]
-"""Rows and vocabulary: 5003 and 8192 take several steps of the online softmax."""
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")
+"""Beyond the vocabulary both heads have -inf; what the kernel makes of their difference it does not use."""
 
 
-@pytest.fixture
-def some_labels(device: str) -> Callable[..., Tensor]:
-    """Labels in [0, vocab): the first and the last included, and every third row from `skip` on not trained."""
+@pytest.mark.parametrize("case", CROSS_ENTROPY, ids=str)
+def test_cross_entropy(case, chunked):
+    chunked(case.chunk)
+    check_cross_entropy(case)
 
-    def make(rows: int, vocab: int, skip: int | None = None) -> Tensor:
-        labels = torch.randint(0, vocab, (rows,), generator=torch.Generator().manual_seed(rows))
-        labels[0] = vocab - 1
-        labels[rows // 2] = 0
-        if skip is not None:
-            labels[skip::3] = -100
-        return labels.to(device)
 
-    return make
+@pytest.mark.parametrize("case", KL, ids=str)
+def test_kl(case, chunked):
+    chunked(case.chunk)
+    check_kl(case)
+
+
+@pytest.mark.parametrize("case", LOG_PROBS, ids=str)
+def test_log_probs(case, chunked):
+    chunked(case.chunk)
+    check_log_probs(case)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.skipif(DEVICE != "cpu", reason="the cases' arrays are on the CPU")
+def test_a_head_is_its_decomposition(name, dtype):
+    op, case = HEADS[name]
+    case.check(RULES, op, dtype)
+
+
+LARGE = Case(rows=2, vocab=40, dim=4, size=400.0)
+MANY = Case(rows=3, vocab=STEP + 400, dim=9)
+SMALL = Case(rows=5, vocab=33, dim=8, skip=2)
+entropy, kl, probs = check_cross_entropy, check_kl, check_log_probs
+MUTATIONS = {
+    "no maximum": ("tl.maximum(peak, tl.max(score, axis=1))", "tl.maximum(peak * 0.0, 0.0)", entropy, LARGE),
+    "sum not rescaled": ("total * tl.exp2((peak - higher) * rate)", "total", entropy, MANY),
+    "runs joined as they are": ("total * tl.exp2((peak - highest) * rate)", "total", entropy, SMALL),
+    "one-hot left out": ("gradient - scale, gradient", "gradient, gradient", entropy, SMALL),
+    "cap's slope left out": ("gradient * (1.0 - score * score)", "gradient", entropy, replace(SMALL, cap=1.0)),
+    "gain's slope left out": ("scale = gain / ", "scale = 1.0 / ", entropy, replace(SMALL, gain=2.0)),
+    "z-loss without gradient": ("2.0 * z_loss * lse)", "0.0)", entropy, replace(SMALL, z_loss=0.05)),
+    "z-loss left out": ("+ z_loss * lse * lse", "", entropy, replace(SMALL, z_loss=0.05)),
+    "ignored rows counted": ("if label != IGNORE:", "if label != 1000:", kl, SMALL),
+    "ignored rows keep their logits": ("_clear(at, width, RUNS, RUN)", "pass", entropy, SMALL),
+    "first pass skips the last step": (
+        "for start in range(0, width, RUNS * RUN):\n        score",
+        "for start in range(0, width - RUNS * RUN, RUNS * RUN):\n        score",
+        entropy,
+        MANY,
+    ),
+    "second pass skips the first step": (
+        "for back in range(0, width, RUNS * RUN):",
+        "for back in range(0, width - RUNS * RUN, RUNS * RUN):",
+        entropy,
+        MANY,
+    ),
+    "padding counted": ("col < vocab, _score", "col < width, _score", probs, SMALL),
+    "loss without T^2": ("offset - mean) * factor", "offset - mean)", kl, replace(SMALL, temperature=2.0)),
+    "gradient without T^2": ("gain * factor / ", "gain / ", kl, replace(SMALL, temperature=2.0)),
+    "no difference of lse": ("offset - mean)", "-mean)", kl, SMALL),
+    "teacher's softmax left out": ("* teacher_share", "* 0.0", kl, SMALL),
+    "reverse without its mean": ("0.0) - mean", "0.0)", kl, replace(SMALL, direction="reverse")),
+    "cross sum not rescaled": ("cross * tl.exp(teacher_drop)", "cross", kl, MANY),
+    "cross sum not rescaled, reverse": (
+        "cross = (cross + total * (drop - teacher_drop)) * tl.exp(drop)",
+        "cross = (cross + total * (drop - teacher_drop))",
+        kl,
+        replace(MANY, direction="reverse"),
+    ),
+    "cross sum not moved": ("cross += teacher_total * (drop - teacher_drop)", "pass", kl, MANY),
+    "cross sum not moved, reverse": (
+        "cross = (cross + total * (drop - teacher_drop))",
+        "cross = cross",
+        kl,
+        replace(MANY, direction="reverse"),
+    ),
+    "lse left out": (" - rest)", ")", probs, SMALL),
+    "largest logit left out": ("score * unit - top", "score * unit", probs, SMALL),
+    "cotangent left out": ("tl.load(dy + row) * gain", "gain", probs, SMALL),
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mutation_fails(name, monkeypatch, tmp_path):
+    """Each of these mistakes in a kernel's source breaks the bound of a case that the source itself keeps."""
+    old, new, check, case = MUTATIONS[name]
+    check(case)
+    monkeypatch.setattr(loss, "kernels", mutated(kernels, {old: new}, tmp_path))
+    with pytest.raises(AssertionError, match=r"error .* > bound"):
+        check(case)
+
+
+def padded(logits: Tensor) -> Tensor:
+    """The same logits in rows as a head's buffer has them."""
+    rows, vocab = logits.shape
+    wide = torch.full((rows, common.padded_vocab(vocab)), float("nan"), dtype=logits.dtype, device=logits.device)
+    wide[:, :vocab] = logits
+    return wide[:, :vocab]
+
+
+def of_logits(logits: Tensor, labels: Tensor, scale: float = 1.0, *, over: bool = False) -> tuple[Tensor, Tensor]:
+    """cross_entropy's losses and dlogits of logits as they are: no product makes -inf. `over` them, or a copy."""
+    given = logits if over else padded(logits)
+    losses = torch.full((logits.shape[0],), float("nan"), device=logits.device)
+    items = torch.full((), 1.0 / scale, device=logits.device)
+    run = immediate(logits.device)
+    loss.cross_entropy(run, given, labels, items, losses, Shaping(gain=1.0, cap=0.0), gradient=True)
+    for call in run.calls:
+        call()
+    return losses, given
 
 
 def dlogits(logits: Tensor, labels: Tensor, scale: float) -> Tensor:
@@ -39,155 +153,102 @@ def dlogits(logits: Tensor, labels: Tensor, scale: float) -> Tensor:
     return torch.autograd.grad(torch_cross_entropy(wide, labels, reduction="sum") * scale, leaf)[0]
 
 
-@pytest.mark.parametrize("skip", [None, 1])
+@pytest.mark.parametrize("skip", [0, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward_and_gradient_are_within_the_derived_bound(rand, some_labels, shape, dtype, skip):
-    logits, labels = rand(*shape, dtype=dtype, scale=3.0), some_labels(*shape, skip=skip)
+@pytest.mark.parametrize("shape", [(1, 7), (5, 33), (3, 96), (2, 1536), (3, 5003), (2, STEP + 8)], ids=str)
+def test_given_logits(rand, shape, dtype, skip):
+    logits = rand(*shape, dtype=dtype, scale=3.0)
+    labels = Case(rows=shape[0], vocab=shape[1], dim=1, skip=skip).labels()
     trained = labels != -100
-    loss, lse = cross_entropy(logits, labels)
-    assert loss.dtype == lse.dtype == torch.float32
-    lse64 = logits.double().logsumexp(-1) * trained
-    assert_close("lse", lse, lse64, logits.float().logsumexp(-1) * trained)
+    losses, got = of_logits(logits, labels, 0.125)
     reference = torch_cross_entropy(logits.double(), labels, reduction="none")
     plain = torch_cross_entropy(logits.float(), labels, reduction="none")
     # loss = lse - logits[label] inherits the rounding of the larger of its terms.
-    assert_close("loss", loss, reference, plain, scale=float(logits.double().abs().max() + lse64.abs().max()))
-    assert torch.equal(loss[~trained], torch.zeros_like(loss[~trained]))
-
-    given = logits.clone()
-    got = cross_entropy_bwd(given, labels, lse, 0.125)
-    assert got.data_ptr() == given.data_ptr(), "dlogits replace the logits"
+    size = float(logits.double().abs().max() + logits.double().logsumexp(-1).abs().max())
+    assert_close("loss", losses, reference, plain, scale=size)
+    assert torch.equal(losses[~trained], torch.zeros_like(losses[~trained]))
     assert_close("dlogits", got, dlogits(logits.double(), labels, 0.125), dlogits(logits, labels, 0.125))
     assert torch.equal(got[~trained], torch.zeros_like(got[~trained]))
 
 
-def test_scale_may_be_a_tensor(rand, some_labels, same):
-    logits, labels = rand(5, 33), some_labels(5, 33)
-    _, lse = cross_entropy(logits, labels)
-    scale = torch.full((), 0.125, device=logits.device)
-    host = cross_entropy_bwd(logits.clone(), labels, lse, 0.125)
-    same(cross_entropy_bwd(logits.clone(), labels, lse, scale), host)
+def test_rows_of_a_wider_buffer(rand, same):
+    """A row's padding is the head's own; what lies beyond is not."""
+    wide, labels = rand(5, 64), Case(rows=5, vocab=33, dim=1).labels()
+    losses, got = of_logits(wide[:, :33], labels)
+    beyond = wide[:, 48:].clone()
+    again, over = of_logits(wide[:, :33], labels, over=True)
+    same(again, losses)
+    same(over, got)
+    assert torch.equal(wide[:, 48:], beyond)
 
 
-def test_rows_of_a_wider_buffer(rand, some_labels, same):
-    wide, labels = rand(5, 64), some_labels(5, 33)
-    dense = wide[:, :33].contiguous()
-    loss, lse = cross_entropy(wide[:, :33], labels)
-    same(loss, cross_entropy(dense, labels)[0])
-    beyond = wide[:, 33:].clone()
-    cross_entropy_bwd(wide[:, :33], labels, lse, 1.0)
-    same(wide[:, :33], cross_entropy_bwd(dense, labels, lse, 1.0))
-    assert torch.equal(wide[:, 33:], beyond)
-
-
-def test_extreme_logits(rand, device):
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_extreme_logits(device):
     """Values whose exp overflows, whole steps of -inf (masked words), and equal logits."""
-    vocab = common.vocab_tile(10**6).cols + 10
+    vocab = STEP + 10
     logits = torch.full((3, vocab), -float("inf"), device=device)
     logits[0, -2:] = torch.tensor([1e4, 1e4 - 1.0], device=device)
     logits[1, 3] = -1e4
     logits[2] = 50.0
     labels = torch.tensor([vocab - 1, 3, 0], device=device)
-    loss, lse = cross_entropy(logits, labels)
+    losses, got = of_logits(logits, labels)
     reference = torch_cross_entropy(logits.double(), labels, reduction="none")
-    torch.testing.assert_close(loss.double(), reference, rtol=2.0**-20, atol=1e-3)
-    got = cross_entropy_bwd(logits.clone(), labels, lse, 1.0)
-    torch.testing.assert_close(got.double(), dlogits(logits.double(), labels, 1.0), rtol=0, atol=1e-3)
+    torch.testing.assert_close(losses.double(), reference, rtol=2.0**-20, atol=0)
+    torch.testing.assert_close(got.double(), dlogits(logits.double(), labels, 1.0), rtol=2.0**-20, atol=0)
 
 
 @pytest.mark.parametrize("label", [33, 40, -1])
 def test_a_label_outside_the_vocabulary_shows_as_nan(rand, device, label):
-    loss, _ = cross_entropy(rand(2, 33), torch.tensor([3, label], device=device))
-    assert loss.isfinite().tolist() == [True, False]
-    assert bool(loss[1].isnan())
+    x, weight, labels = rand(2, 8), rand(33, 8), torch.tensor([3, label], device=device)
+    losses, _ = of_logits(rand(2, 33), labels)
+    assert losses.isfinite().tolist() == [True, False]
+    assert bool(losses[1].isnan())
+    assert bool(apply("linear_cross_entropy", x, weight, labels, 2.0)[0].isnan())
+    assert apply("linear_log_probs", x, weight, labels)[0].isnan().tolist() == [False, True]
 
 
-def test_a_nan_logit_shows_as_nan(rand, some_labels):
+def test_a_nan_logit_shows_as_nan(rand, device):
     logits = rand(2, 33)
     logits[1, 5] = float("nan")
-    loss, _ = cross_entropy(logits, some_labels(2, 33))
-    assert loss.isnan().tolist() == [False, True]
-
-
-def head(
-    x: Tensor, weight: Tensor, labels: Tensor, items: float, shape: Callable[[Tensor], Tensor] = lambda logits: logits
-) -> list[Tensor]:
-    """loss, dx, dweight of transformers' head: logits in x's dtype, the loss in float32."""
-    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-    logits = shape(leaves[0] @ leaves[1].T)
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    loss = torch_cross_entropy(wide, labels, reduction="sum") / items
-    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
-
-
-SHAPING = {"gain": (0.3, 0.0), "cap": (1.0, 5.0), "both": (0.7, 30.0), "tight": (2.0, 0.5)}
-
-
-@pytest.mark.parametrize("chunk", [3, None])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shaping", SHAPING)
-def test_scaled_and_capped_logits(rand, some_labels, shaping, dtype, chunk):
-    """Gemma 2's and Cohere's heads: the gradient goes through the cap. The vocabulary takes two steps of a row."""
-    (gain, cap), vocab = SHAPING[shaping], 4100
-    x, weight, labels = rand(5, 9, dtype=dtype), rand(vocab, 9, dtype=dtype), some_labels(5, vocab, skip=2)
-
-    def shape(logits: Tensor) -> Tensor:
-        return torch.tanh(logits * gain / cap) * cap if cap else logits * gain
-
-    options = {"needs": (True, True), "chunk_rows": chunk, "gain": gain, "cap": cap}
-    got = linear_cross_entropy(x, weight, labels, 4, **options)
-    reference = head(x.double(), weight.double(), labels, 4, shape)
-    plain = head(x, weight, labels, 4, shape)
-    # The loss is of logits rounded to `dtype`, each by u |z|: it inherits at most twice the largest.
-    size = float(shape(x.double() @ weight.double().T).abs().max())
-    scales = (max(float(reference[0]), size * UNIT_ROUNDOFF[dtype] / UNIT_ROUNDOFF[torch.float32]), None, None)
-    for name, value, true, ours, scale in zip(("loss", "dx", "dweight"), got, reference, plain, scales, strict=True):
-        assert_close(name, value, true, ours, scale=scale)
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 4, None])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fused_head_is_within_the_derived_bound(rand, some_labels, dtype, chunk):
-    x, weight, labels = rand(11, 33, dtype=dtype), rand(130, 33, dtype=dtype), some_labels(11, 130, skip=2)
-    items = int((labels != -100).sum()) + 3
-    got = linear_cross_entropy(x, weight, labels, items, needs=(True, True), chunk_rows=chunk)
-    assert [value.dtype for value in got] == [torch.float32, dtype, torch.float32]
-    reference, plain = head(x.double(), weight.double(), labels, items), head(x, weight, labels, items)
-    for name, value, true, ours in zip(("loss", "dx", "dweight"), got, reference, plain, strict=True):
-        assert_close(name, value, true, ours)
-
-
-def test_fused_head_holds_one_chunk_of_logits(rand, some_labels, allocations):
-    x, weight, labels = rand(64, 8), rand(1000, 8), some_labels(64, 1000)
-    linear_cross_entropy(x, weight, labels, 64, needs=(True, True), chunk_rows=4)
-    assert max(allocations.sizes) == 4 * 1000
-
-
-def test_fused_head_gives_what_is_asked_for(rand, some_labels, device, same):
-    x, weight, labels = rand(2, 3, 33), rand(50, 33), some_labels(6, 50)
-    items = torch.tensor(6.0, device=device)
-    loss, dx, dweight = linear_cross_entropy(x, weight, labels, items, needs=(True, True), chunk_rows=4)
-    assert loss.shape == ()
-    assert dx.shape == x.shape
-    for needs in ((False, False), (True, False), (False, True)):
-        alone = linear_cross_entropy(x, weight, labels, items, needs=needs, chunk_rows=4)
-        same(alone[0], loss)
-        for need, value, both in zip(needs, alone[1:], (dx, dweight), strict=True):
-            if need:
-                same(value, both)
-            else:
-                assert value is None
-    same(linear_cross_entropy(x, weight, labels, 6, needs=(True, False), chunk_rows=4)[0], loss)
-    same(linear_cross_entropy(x, weight, labels, items[None], needs=(True, False), chunk_rows=4)[1], dx)
+    losses, _ = of_logits(logits, torch.tensor([3, 4], device=device))
+    assert losses.isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("rows", [0, 5])
-def test_fused_head_without_a_trained_row(rand, device, rows):
-    x, weight = rand(rows, 33), rand(50, 33)
-    labels = torch.full((rows,), -100, device=device)
-    loss, dx, dweight = linear_cross_entropy(x, weight, labels, 1, needs=(True, True), chunk_rows=2)
-    assert float(loss) == 0.0
-    assert torch.equal(dx, torch.zeros_like(x))
-    assert torch.equal(dweight, torch.zeros_like(weight))
-    assert cross_entropy(x, labels)[0].tolist() == [0.0] * rows
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_without_a_trained_row(rand, device, chunked, rows, dtype):
+    x, weight, labels = rand(rows, 33, dtype=dtype), rand(50, 33, dtype=dtype), torch.full((rows,), -100, device=device)
+    chunked(2)
+    losses = apply("linear_cross_entropy", x, weight, labels, 1, grads="xw", z_loss=0.1)
+    divergence = apply("linear_kl", x, weight, x, weight, labels, 1, grads="xw")
+    log_probs, lse = apply("linear_log_probs", x, weight, labels)
+    assert log_probs.tolist() == [0.0] * rows
+    assert lse.tolist() == [[0.0, 0.0]] * rows
+    dy = torch.ones(rows, device=device)
+    shaping = {"scaling": 1.0, "divisor": 1.0, "cap": 0.0}
+    found = apply("linear_log_probs_bwd", dy, x, weight, labels, lse, needs=(True, True), **shaping)
+    for total, dx, dweight in (losses, divergence, (torch.zeros((), device=device), *found)):
+        assert float(total) == 0.0
+        assert torch.equal(dx, torch.zeros_like(x))
+        assert torch.equal(dweight, torch.zeros_like(weight))
+
+
+def test_a_teacher_of_another_dtype(rand, same):
+    """Each head's logits are of its own dtype."""
+    (x, t), (weight, u) = (rand(4, 8), rand(4, 5)), (rand(200, 8), rand(200, 5))
+    labels = Case(rows=4, vocab=200, dim=8, skip=3).labels()
+    narrow = (t.bfloat16(), u.bfloat16())
+    mixed = apply("linear_kl", x, weight, *narrow, labels, 4, grads="xw")
+    # Of a float32 teacher with the same logits: identity makes them its states.
+    logits = (narrow[0] @ narrow[1].T).float()
+    wide = apply("linear_kl", x, weight, logits, torch.eye(200, device=x.device), labels, 4, grads="xw")
+    for value, other in zip(mixed, wide, strict=True):
+        same(value, other)
+
+
+def test_equal_heads_do_not_diverge(rand, device):
+    x, weight, labels = rand(4, 8, scale=3.0), rand(200, 8), Case(rows=4, vocab=200, dim=8).labels()
+    for direction in ("forward", "reverse"):
+        total, dx = apply("linear_kl", x, weight, x, weight, labels, 4, grads="x", direction=direction)[:2]
+        assert abs(float(total)) < 1e-6
+        assert float(dx.abs().max()) < 1e-6

@@ -6,12 +6,62 @@ import pytest
 import torch
 from torch import Tensor
 
+from smedjan.backends.cuda_triton.apply import apply
 from smedjan.backends.cuda_triton.kernels import common
-from smedjan.backends.cuda_triton.norm import layer_norm, layer_norm_bwd, rms_norm, rms_norm_bwd
 from smedjan.errors import ShapeError
 from tests.tolerances import UNIT_ROUNDOFF, assert_close
 
 EPS = 1e-5
+Gradients = tuple[Tensor | None, ...]
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, *, eps: float, offset: float = 0.0, weight_cast: str = "before"
+) -> tuple[Tensor, Tensor]:
+    return apply("rms_norm", x, weight, eps=eps, offset=offset, weight_cast=weight_cast)
+
+
+def at_places(made: Tensor | tuple[Tensor, ...], needs: tuple[bool, ...]) -> Gradients:
+    found = iter(made if isinstance(made, tuple) else (made,))
+    return tuple(next(found) if need else None for need in needs)
+
+
+def rms_norm_bwd(
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    dy: Tensor,
+    acc: Tensor | None = None,
+    *,
+    needs: tuple[bool, bool],
+    eps: float,
+    offset: float = 0.0,
+    weight_cast: str = "before",
+) -> Gradients:
+    attrs = {"eps": eps, "offset": offset, "weight_cast": weight_cast}
+    return at_places(apply("rms_norm_bwd", x, weight, rstd, dy, acc, needs=needs, **attrs), needs)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return apply("layer_norm", x, weight, bias, eps=eps)
+
+
+def layer_norm_bwd(
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dy: Tensor,
+    acc: Tensor | None = None,
+    *,
+    needs: tuple[bool, bool, bool],
+    bias: Tensor | None = None,
+) -> Gradients:
+    """A bias's gradient does not depend on the bias: the weight stands in."""
+    ins = (x, weight, weight if bias is None else bias, mean, rstd, dy, acc)
+    return at_places(apply("layer_norm_bwd", *ins, needs=needs, eps=EPS, composed=False), needs)
+
+
 SHAPES = [(1, 7), (5, 33), (3, 96), (17, 128), (2, 3, 576), (4, 1536), (1, 1)]
 CASTS = [("before", 0.0), ("after", 0.0), ("after", 1.0)]
 CASES = [(dtype, *cast) for dtype in (torch.float32, torch.bfloat16) for cast in CASTS] + [
@@ -156,7 +206,7 @@ def test_bfloat16_rounds_where_transformers_does(rand):
         module = module.to(x.device, torch.bfloat16)
         module.weight.data.copy_(weight)
         y, _ = rms_norm(x, weight, eps=EPS, offset=offset, weight_cast=cast)
-        other, _ = rms_norm(x, weight, eps=EPS, offset=offset, weight_cast="after" if cast == "before" else "before")
+        other, _ = rms_norm(x, weight + offset, eps=EPS, weight_cast="after" if cast == "before" else "before")
         assert float((y != module(x)).float().mean()) < 0.002
         assert float((other != module(x)).float().mean()) > 0.05, "the two casts are not told apart"
 
@@ -222,7 +272,17 @@ def test_each_gradient_of_layer_norm_alone_has_the_bits_of_all_together(rand, sa
 
 def test_every_row_of_a_layer_norm_is_summed_once(rand, monkeypatch):
     monkeypatch.setattr(common, "MAX_PROGRAMS", 2)
-    x, weight, dy = rand(45, 1030), rand(1030), rand(45, 1030)
+    check_every_row_of_a_layer_norm(rand, 45, 1030)
+
+
+def test_rows_of_a_layer_norm_too_wide_for_one_kernel_take_a_second_for_dw_and_db(rand, monkeypatch):
+    monkeypatch.setattr(common, "MAX_FUSED_WIDTH", 128)
+    monkeypatch.setattr(common, "MAX_WIDE_PROGRAMS", 1)
+    check_every_row_of_a_layer_norm(rand, 35, 133)
+
+
+def check_every_row_of_a_layer_norm(rand, rows: int, width: int) -> None:
+    x, weight, dy = rand(rows, width), rand(width), rand(rows, width)
     _, mean, rstd = layer_norm(x, weight, None, eps=EPS)
     got = layer_norm_bwd(x, weight, mean, rstd, dy, needs=(True, True, True))
     reference, ours = (layer_gradients(*f(x, weight, torch.zeros_like(weight), dy)) for f in (wide, lambda *t: t))

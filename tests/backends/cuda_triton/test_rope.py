@@ -6,15 +6,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from smedjan.backends.cuda_triton import rope as rules
+from smedjan.backends.cuda_triton.apply import apply, immediate, node_of
 from smedjan.backends.cuda_triton.kernels import common
-from smedjan.backends.cuda_triton.rope import rope, rope_tables
+from smedjan.backends.cuda_triton.kernels import rope_tables as table_kernels
+from smedjan.backends.cuda_triton.rules import RULES
+from smedjan.backends.torch_reference.rope import inverse_frequencies
 from smedjan.backends.torch_reference.rope import rope_tables as exact_tables
 from smedjan.ops.rope import RopeConfig
+from tests.backends.cuda_triton.mutate import fails, mutated
 from tests.tolerances import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1, 2), (2, 3, 7, 14), (1, 9, 5, 64), (3, 2, 17, 66), (2, 2, 33, 96), (1, 3, 20, 128)]
 LAYOUTS = ["dense", "transposed", "sliced"]
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, inverse: bool = False) -> Tensor:
+    """cos, sin [B or 1, T, D]; `inverse` is the backward pass."""
+    attrs = {"interleaved": interleaved, "upcast": "" if cos.dtype == x.dtype else "terms"}
+    return apply("rope_bwd" if inverse else "rope", x, cos[:, None], sin[:, None], **attrs)
 
 
 def rotate_half(x: Tensor) -> Tensor:
@@ -102,10 +113,10 @@ def test_float32_tables_beside_bfloat16(rand, device):
     assert float((rope(x, cos.bfloat16(), sin.bfloat16()) != once).float().mean()) > 0.05
 
 
-def test_a_projection_keeps_its_order_in_memory(rand, device):
-    x = laid_out(rand, (2, 3, 7, 64), "transposed", torch.float32)
-    y = rope(x, *tables(1, 7, 64, torch.float32, device))
-    assert y.stride() == x.stride()
+def test_a_result_with_a_place_of_its_own_lies_like_a_projection(rand):
+    ins = (rand(2, 3, 7, 64), rand(1, 1, 7, 64), rand(1, 1, 7, 64))
+    for op in ("rope", "rope_bwd"):
+        assert RULES.lower(node_of(op, ins, {})).order == {0: (0, 2, 1, 3)}
 
 
 def test_heads_of_one_program_are_all_turned(rand, device, monkeypatch, same):
@@ -163,16 +174,88 @@ SCALINGS = {
 @pytest.mark.parametrize("kind", SCALINGS)
 def test_tables_are_the_exact_backends(device, kind, tokens, interleaved):
     """Before, at and behind the number of tokens where dynamic and longrope change: there the device decides. Only a
-    dynamic's power may be off by an ulp, which a position multiplies."""
+    dynamic's power may be off by an ulp of torch's, which a position multiplies."""
     config = RopeConfig(rope_type=kind, **SCALINGS[kind])
-    positions = torch.arange(tokens)[None]
+    positions = torch.arange(tokens).expand(2, tokens).contiguous()
+    positions[1] = positions[1].flip(0)
     attrs = {"rope": config, "head_dim": 8, "dtype": "float32", "interleaved": interleaved}
     expected = exact_tables(positions, **attrs)
-    for ours, other in zip(rope_tables(positions.to(device), **attrs), expected, strict=True):
-        if device == "cpu" and kind != "dynamic":
-            assert torch.equal(ours, other)
+    angles = angles_of(config, 8, positions)
+    angles = angles.repeat_interleave(2, dim=-1) if interleaved else torch.cat((angles, angles), dim=-1)
+    true = [table[:, None] * config.attention_scaling for table in (angles.double().cos(), angles.double().sin())]
+    made = apply("rope_tables", positions.to(device), **attrs)
+    for name, ours, other, reference in zip(("cos", "sin"), made, expected, true, strict=True):
+        if kind != "dynamic":
+            assert_close(name, ours.cpu(), reference, other)
         else:
             torch.testing.assert_close(ours.cpu(), other, rtol=0, atol=tokens * 2.0**-22)
+
+
+def angles_of(config: RopeConfig, head_dim: int, positions: Tensor) -> Tensor:
+    """p f rounded to float32, as transformers rounds it."""
+    return positions[..., None].float() * inverse_frequencies(config, head_dim, positions.max() + 1)
+
+
+def turned_by_float64(positions: Tensor, device: str) -> None:
+    config, head_dim = RopeConfig(rope_theta=500000.0), 64
+    angles = torch.cat([angles_of(config, head_dim, positions)] * 2, dim=-1)[:, None]
+    attrs = {"rope": config, "head_dim": head_dim, "dtype": "float32", "interleaved": False}
+    cos, sin = apply("rope_tables", positions.to(device), **attrs)
+    assert_close("cos", cos.cpu(), angles.double().cos(), angles.cos())
+    assert_close("sin", sin.cpu(), angles.double().sin(), angles.sin())
+
+
+def far_positions() -> Tensor:
+    """Up to a million; of these the multiples of 355, which lie within 3e-5 of multiples of 113 pi."""
+    drawn = torch.randint(0, 10**6, (1, 400), generator=torch.Generator().manual_seed(3))
+    return torch.cat((drawn, 355 * torch.arange(1, 2800, 37)[None], torch.tensor([[0, 1, 10**6]])), dim=1)
+
+
+def test_far_positions_are_as_exact_as_near_ones(device):
+    turned_by_float64(far_positions(), device)
+
+
+TABLE_MUTATIONS = {
+    "half of pi in one part": {" - turns * HALF_PI_REST": ""},
+    "reduced in float32": {"wide = angle.to(tl.float64)": "wide = angle"},
+    "quarters not told apart": {"(quarter & 1) == 1": "quarter == 1"},
+    "a term of the sine left out": {"-1.9515295891e-4 * z": "0.0 * z"},
+    "one frequency for all": {"frequency[None, :]": "tl.max(frequency, axis=0)"},
+}
+
+
+@pytest.mark.parametrize("name", TABLE_MUTATIONS)
+def test_a_wrong_table_fails(device, monkeypatch, tmp_path, name):
+    monkeypatch.setattr(rules, "table_kernels", mutated(table_kernels, TABLE_MUTATIONS[name], tmp_path))
+    assert fails(lambda: turned_by_float64(far_positions(), device))
+
+
+@pytest.mark.parametrize("tokens", [13, 100, 5000])
+def test_a_dynamic_ropes_frequencies_are_float64s(device, tokens):
+    """f_i = theta(n)^(-2i / D), computed on the device in float64: the last position's angles show them."""
+    factor, limit, dim = 3.3, 12, 16
+    config = RopeConfig(rope_type="dynamic", factor=factor, max_position_embeddings=limit)
+    stretch = factor * tokens / limit - (factor - 1)
+    exponents = torch.arange(0, dim, 2).double() / dim
+    base = (10000.0 ** -(exponents.float())).double()  # rounded as the host gives them
+    frequencies = (base * stretch ** (-torch.arange(0, dim, 2).double() / (dim - 2))).float()
+    angles = torch.cat([frequencies * (tokens - 1)] * 2)
+    attrs = {"rope": config, "head_dim": dim, "dtype": "float32", "interleaved": False}
+    cos, _ = apply("rope_tables", torch.tensor([[tokens - 1, 0]], device=device), **attrs)
+    # An ulp of a frequency, which the host's own power may be off by, times the position.
+    torch.testing.assert_close(cos[0, 0, 0].cpu().double(), angles.double().cos(), rtol=0, atol=tokens * 2.0**-23)
+
+
+def test_one_launch_makes_tables_and_another_finds_the_length(device):
+    for config, expected in (
+        (RopeConfig(), ["rope_tables"]),
+        (RopeConfig(rope_type="dynamic", **SCALINGS["dynamic"]), ["position_count", "rope_tables"]),
+    ):
+        run = immediate(torch.device(device))
+        outs = (torch.empty(1, 1, 5, 8, device=device), torch.empty(1, 1, 5, 8, device=device))
+        attrs = {"rope": config, "head_dim": 8, "dtype": "float32", "interleaved": False}
+        rules.rope_tables(run, (torch.arange(5, device=device)[None],), outs, **attrs)
+        assert [call.name for call in run.calls] == expected
 
 
 def test_no_tokens(rand):

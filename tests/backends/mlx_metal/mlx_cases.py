@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-from mlx_pair import Case
+from mlx_pair import TORCH, Case
 
+from smedjan.checkpoint import nf4
 from smedjan.ops import activation as act
 from smedjan.ops import attention as att
 from smedjan.ops import elementwise as el
 from smedjan.ops import embedding as emb
-from smedjan.ops import glu, linear, lora, loss, norm, optimizer, random, rope, shape
+from smedjan.ops import glu, linear, lora, loss, norm, optimizer, quantized, random, rope, shape
 from smedjan.ops.cache import kv_read, kv_write
 
 _generator = torch.Generator().manual_seed(0)
@@ -46,6 +47,8 @@ def _elementwise() -> dict[str, Case]:
         "relu": Case(lambda i: act.relu(i["x"]), x, ("x",)),
         "gelu": Case(lambda i: act.gelu(i["x"]), x, ("x",)),
         "gelu_tanh": Case(lambda i: act.gelu(i["x"], approximate="tanh"), x, ("x",)),
+        "gelu_new": Case(lambda i: act.gelu_new(i["x"]), x, ("x",)),
+        "relu2": Case(lambda i: act.relu2(i["x"]), x, ("x",)),
         "reshape": Case(lambda i: el.identity(el.reshape(i["x"], shape=(7, 15))), x, ("x",)),
         "cast": Case(lambda i: el.cast(el.cast(i["x"], "bfloat16"), i["x"].dtype), x, ("x",)),
         "ones": Case(lambda i: el.scale_by(i["x"], el.ones(graph=i["x"].graph)), x),
@@ -82,6 +85,29 @@ def _linear() -> dict[str, Case]:
             lambda i: linear.conv1d(i["x"], i["w"], i["b"]), {**arrays, "w": normal(13, 7)}, tuple("xwb"), 13
         ),
         "transpose_last": Case(lambda i: linear.transpose_last(i["a"]), mats, ("a",)),
+    }
+
+
+def _quantized() -> dict[str, Case]:
+    """A weight of whole blocks, and one with a short last block and an odd count."""
+    made = {}
+    for name, outs, width in (("nf4_linear", 5, 128), ("nf4_linear odd", 7, 13)):
+        parts = {key: TORCH.from_raw(raw) for key, raw in nf4.quantize(TORCH.to_raw(normal(outs, width))).items()}
+
+        def product(i, shape=(outs, width)):
+            return quantized.nf4_linear(i["x"], *(i[key] for key in quantized.nf4_specs(shape)), i["b"], shape=shape)
+
+        arrays = {"x": normal(2, 3, width), **parts, "b": normal(outs)}
+        made[name] = Case(product, arrays, ("x", "b"), width, frozenset(parts))
+    codes = (integers(255, 7, 13) - 127).to(torch.int8)
+    arrays = {"x": normal(2, 3, 13), "c": codes, "s": normal(7).abs(), "b": normal(7)}
+    return {
+        **made,
+        "int8_linear": Case(
+            lambda i: quantized.int8_linear(i["x"], i["c"], i["s"], i["b"]), arrays, ("x", "b"), 13, frozenset("s")
+        ),
+        "nf4_quantize": Case(lambda i: quantized.nf4_quantize(i["w"]), {"w": normal(7, 13)}),
+        "int8_quantize": Case(lambda i: quantized.int8_quantize(i["w"]), {"w": normal(7, 13)}),
     }
 
 
@@ -226,6 +252,8 @@ def _loss() -> dict[str, Case]:
     return {
         "log_softmax": Case(lambda i: loss.log_softmax(i["x"]), scores, ("x",), 17),
         "nll_loss": Case(lambda i: loss.nll_loss(i["x"], i["labels"]), scores, ("x",), 3),
+        "pick": Case(lambda i: loss.pick(i["x"], i["labels"]), scores, ("x",)),
+        "sum_trained": Case(lambda i: loss.sum_trained(i["x"], i["labels"]), scores, ("x",), 51),
         "linear_cross_entropy": Case(fused("xw"), head, ("x", "w"), 17, fixed),
         "linear_cross_entropy_x": Case(fused("x"), head, ("x",), 17, fixed),
         "linear_cross_entropy_shaped": Case(
@@ -290,6 +318,7 @@ CASES: dict[str, Case] = {
     **_loss(),
     **_random(),
     **_optimizer(),
+    **_quantized(),
 }
 
 CACHE_OPS = {kv_write.name, kv_read.name}

@@ -18,6 +18,7 @@ from smedjan.backends.mlx_metal import MlxProgram, attention, loss
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.graph.node import Graph
 from smedjan.graph.op import OPS
+from smedjan.graph.rewrite import BACKWARD_OF
 from smedjan.ops.cache import kv_read, kv_write
 from smedjan.ops.elementwise import scale_by
 from smedjan.ops.random import keep_mask
@@ -27,13 +28,28 @@ for _module in pkgutil.iter_modules(smedjan.ops.__path__):
     importlib.import_module(f"smedjan.ops.{_module.name}")
 
 
+LACKING = {
+    *("stochastic_round", "dequantize_blocks", "quantize_blocks", "fp8_rounded"),
+    *("attention_mask", "masked_softmax", "masked_softmax_bwd", "document_bounds", "gather_pages"),
+    *("linear_dw_add", "linear_group_dw_add", "to_host", "from_host"),
+}
+"""What `--optim.state`, `--optim.rounding` and FP8 ask for, and what only another backend's fusion emits: here an error
+that names the op."""
+
+
+def decomposed() -> set[str]:
+    """Fused ops that this backend runs as what they are defined by."""
+    without = set(OPS) - MLX.rules.ops()
+    return {name for name in without if OPS[name].decomposition is not None or name in BACKWARD_OF}
+
+
 def test_every_declared_op_has_a_rule():
-    assert set(OPS) - MLX.rules.ops() == set()
+    assert set(OPS) - MLX.rules.ops() == decomposed() | LACKING
 
 
 def test_every_op_is_run_by_a_case():
     run = {call.node.op.name for case in CASES.values() for call in case.program(MLX, "float32").calls}
-    assert set(OPS) - run - CACHE_OPS - {"adamw_update"} == set()
+    assert set(OPS) - run - CACHE_OPS - {"adamw_update"} == decomposed() | LACKING
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

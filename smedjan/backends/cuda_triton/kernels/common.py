@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 """Whether kernels of this process run in Triton's interpreter: decided once, at import, as `triton.jit` does."""
@@ -33,11 +34,15 @@ MAX_PROGRAMS = 256
 MAX_WIDE_PROGRAMS = 16
 """The same for rows wider than `MAX_FUSED_WIDTH`, where each program has 64 columns: 16 x 256 programs at 16384."""
 
+MAX_ROPE_PROGRAMS = 1024
+"""Programs at which heads begin to share one, so that cos and sin are read once for them: eight for each multiprocessor
+of an H100. With norms, also the most programs that share the sums of their weights' gradients."""
+
 NORM_PROGRAMS = 1024
 """Programs (and partial sums) for one gradient's sum of squares."""
 
 LOGITS_BYTES = 256 * 2**20
-"""Largest logits buffer that linear_cross_entropy allocates when it may choose the rows of a chunk."""
+"""Logits that a head holds at once, unless it sums a weight gradient over chunks: see `chunk_rows`."""
 
 
 @triton.jit
@@ -70,6 +75,17 @@ def tanh(x):
     decay = tl.exp(-2.0 * tl.abs(x))
     far = 1.0 - 2.0 * decay / (1.0 + decay)
     return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """a b (+ acc) in float32. The interpreter multiplies bfloat16's bits as integers: there the operands are widened.
+
+    "ieee" is about float32 operands, which would otherwise be rounded to TF32."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,31 +135,80 @@ def column_tile() -> Tile:
     return Tile(rows=32, cols=64, num_warps=4)
 
 
+def sums_tile(width: int) -> Tile:
+    """The last sums down columns, 16 values a thread: of rows as short as a head's, few columns for each program, or
+    two programs would read it all."""
+    return column_tile() if width >= 1024 else Tile(rows=128, cols=16, num_warps=4)
+
+
 def row_programs(rows: int, tile: Tile) -> int:
     """Programs that share `rows` for a reduction over rows."""
     return min(cdiv(rows, tile.rows), MAX_PROGRAMS)
 
 
-def rope_tile(head_dim: int) -> Tile:
-    """rope: tokens x half heads; each of a tile's values is two of x, two of cos and two of sin."""
-    cols = next_power_of_2(head_dim // 2)
-    return Tile(rows=max(1024 // cols, 1), cols=cols, num_warps=4)
+def wide_programs(rows: int) -> int:
+    """The same where each program has a tile of columns of them."""
+    return min(cdiv(rows, column_tile().rows), MAX_WIDE_PROGRAMS)
 
 
-def rope_heads(heads: int, tokens: int) -> int:
-    """Heads a program turns with one load of cos and sin: 4 when there are tokens enough to fill the GPU, else 1."""
-    return min(4, heads) if tokens >= 1024 else 1
+def rope_tile(dim: int, rest: int = 0, *, norm: bool = False) -> Tile:
+    """rope: tokens x half of the `dim` turned dims, 8 values a thread; each of a tile's values is two of x, two of cos
+    and two of sin. A norm holds the `rest` of a head too, many times over: at most twice as many values."""
+    cols = next_power_of_2(dim // 2)
+    rows = max(1024 // cols, 1)
+    if rest:
+        rows = min(rows, max((2048 if norm else 4096) // next_power_of_2(rest), 1))
+    return Tile(rows=rows, cols=cols, num_warps=4)
+
+
+def rope_heads(heads: int, tiles: int) -> int:
+    """Heads a program turns with one load of cos and sin: as many as leave `MAX_ROPE_PROGRAMS` programs to run."""
+    return min(max(heads * tiles // MAX_ROPE_PROGRAMS, 1), max(heads, 1))
+
+
+def copy_tile(width: int) -> Tile:
+    """Rows of `width` that are copied: 2048 values or one row, 16 a thread."""
+    cols = next_power_of_2(width)
+    rows = max(2048 // cols, 1)
+    return Tile(rows=rows, cols=cols, num_warps=_warps(rows * cols, 16))
 
 
 def flat_tile() -> Tile:
-    """Elementwise kernels (glu, AdamW): 1024 values, 8 a thread."""
+    """Elementwise kernels (glu): 1024 values, 8 a thread."""
     return Tile(rows=1, cols=1024, num_warps=4)
 
 
-def vocab_tile(vocab: int) -> Tile:
-    """cross_entropy: a row in steps of at most 4096 logits, 16 a thread."""
-    cols = min(next_power_of_2(vocab), 4096)
-    return Tile(rows=1, cols=cols, num_warps=_warps(cols, 16))
+def fp8_tile(width: int) -> Tile:
+    """Rows to e4m3: whole rows of up to 8192 values, 2048 at least a program, 16 a thread; wider ones in such steps."""
+    cols = min(next_power_of_2(width), 8192)
+    rows = max(2048 // cols, 1)
+    return Tile(rows=rows, cols=cols, num_warps=_warps(rows * cols, 16))
+
+
+def adamw_tile() -> Tile:
+    """AdamW over a bucket: 4 blocks of 256 values, the unit of 8-bit state; a warp a block, 8 values a thread."""
+    return Tile(rows=4, cols=256, num_warps=4)
+
+
+def padded_vocab(vocab: int) -> int:
+    """Columns of a buffer of logits: a multiple of 16, so that its rows begin at multiples of 16 bytes."""
+    return cdiv(vocab, 16) * 16
+
+
+def vocab_tile(width: int, itemsize: int, *, heads: int = 1) -> Tile:
+    """A row of logits of each of `heads`: runs (rows of the tile) of 16 bytes, 16 logits a thread in all.
+
+    A long row's program has 32 warps, so that one or two fill a multiprocessor: few rows are under way at once, and
+    more of what the first pass read is still in the L2 cache for the second (132 rows of 128k bf16 logits are 34 MB).
+    """
+    cols, most = 16 // itemsize, 16384 // heads
+    rows = min(next_power_of_2(cdiv(width, cols)), most // cols)
+    return Tile(rows=rows, cols=cols, num_warps=_warps(rows * cols, 16 // heads))
+
+
+def sum_tile() -> Tile:
+    """A sum by one program: 1024 values a step, 4 a thread."""
+    return Tile(rows=1, cols=1024, num_warps=8)
 
 
 def square_sum_tile() -> Tile:
@@ -156,7 +221,14 @@ def square_sum_programs(numel: int) -> int:
     return min(cdiv(numel, 2 * square_sum_tile().cols), NORM_PROGRAMS)
 
 
-def chunk_rows(rows: int, vocab: int, itemsize: int) -> int:
-    """Rows of logits held at once: all if they fit in `LOGITS_BYTES`, else a multiple of 128 (cuBLAS tiles), >= 128."""
-    fit = LOGITS_BYTES // (vocab * itemsize)
+def chunk_rows(rows: int, weight: Tensor, heads: int, *, summed: bool) -> int:
+    """Rows whose logits, of `heads` heads [V, D], are held at once: all if they fit, else a multiple of 128 (cuBLAS
+    tiles), >= 128.
+
+    They fit in `LOGITS_BYTES`. Where a weight gradient is `summed` over chunks, half the room of that sum will do too,
+    [V, D] in float32: each chunk reads and writes all of it, which takes as long as a product of some 1000 rows.
+    """
+    vocab, width = weight.shape
+    room = max(LOGITS_BYTES, vocab * width * 2) if summed else LOGITS_BYTES
+    fit = room // (heads * padded_vocab(vocab) * weight.element_size())
     return min(rows, max(fit // 128 * 128, 128))

@@ -1,16 +1,15 @@
-"""rms_norm and layer_norm: forward, backward, and the sums over rows that the gradients of their weights need.
+"""rms_norm: forward, backward, and the sums over rows that the gradients of a norm's weight and bias need.
 
     y  = n * (offset + weight),  n = x * rstd,  rstd = rsqrt(mean(x^2) + eps)
     dx = rstd * (g - n * mean(g * n)) + acc,  g = dy * (offset + weight)
     dw = sum over rows of dy * n
 
-    y  = n * weight + bias,  n = (x - mean) * rstd,  rstd = rsqrt(mean((x - mean)^2) + eps)
-    dx = rstd * (g - mean(g) - n * mean(g * n)),  g = dy * weight
-    dw = sum over rows of dy * n;  db = sum over rows of dy
+With `delta`, x is the sum total = x + factor * delta, rounded to its dtype first: add_rms_norm.
 
-x, y, dy, dx, acc [rows, width], weight, bias, dw, db [width], mean, rstd [rows] float32. Everything is computed in
-float32; a row lies inside one program, which subtracts the mean before it squares: E[x^2] - mean^2 would cancel. Zhang
-and Sennrich, "Root Mean Square Layer Normalization", 2019; Ba, Kiros and Hinton, "Layer Normalization", 2016; the split
+x, delta, total, y, dy, dx, acc are rows of `width` values: row (batch * heads + head) * tokens + token lies at three
+strides, so that heads which were moved to the front are read where they are. Rows at one stride have heads = tokens =
+1, a value that Triton compiles in: nothing is divided. weight, dw [width], rstd [rows] float32. Everything is computed
+in float32; a row lies inside one program. Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; the split
 of dw into partial sums per program, then one reduction, is that of Triton's layer-norm tutorial, without its locks and
 without atomics.
 """
@@ -22,40 +21,77 @@ from smedjan.backends.cuda_triton.kernels.common import narrow
 
 
 @triton.jit
-def _scale(weight, col, width, offset):
-    """offset + weight, in float32."""
-    return tl.load(weight + col, mask=col < width, other=0.0).to(tl.float32) + offset
+def row_at(row, heads, tokens, batch_stride, head_stride, token_stride):
+    """Where each row begins, [ROWS, 1]."""
+    batch, head, token = row // (heads * tokens), row // tokens % heads, row % tokens
+    at = batch.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride + token.to(tl.int64) * token_stride
+    return at[:, None]
+
+
+@triton.jit
+def vector(at, col, width):
+    """[width] at `at`, in float32, as a tile's columns; zero beyond."""
+    return tl.load(at + col, mask=col < width, other=0.0).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def rms_norm_fwd(
     x,
+    delta,
     weight,
+    total,
     y,
     rstd,
-    x_stride,
+    x_batch,
+    x_head,
+    x_token,
+    delta_batch,
+    delta_head,
+    delta_token,
+    total_batch,
+    total_head,
+    total_token,
+    y_batch,
+    y_head,
+    y_token,
+    heads,
+    tokens,
     rows,
     width,
     eps,
     offset,
+    factor,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     CAST_BEFORE: tl.constexpr,
 ):
-    """y and rstd of ROWS rows. CAST_BEFORE rounds n to x's dtype before the weight (Llama), else after it (Gemma)."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """total, y and rstd of ROWS rows; each may be None: not wanted. Without delta the norm is of x.
+
+    CAST_BEFORE rounds n to x's dtype before the weight (Llama), else after it (Gemma)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
     inside = (row < rows)[:, None] & (col < width)[None, :]
+    at = x + row_at(row, heads, tokens, x_batch, x_head, x_token) + col[None, :]
     # Upcast at once, here and everywhere: Triton's interpreter computes on bfloat16's bits as integers.
-    value = tl.load(x + row[:, None] * x_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
-    scale = _scale(weight, col, width, offset)
+    value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    if delta is not None:
+        at = delta + row_at(row, heads, tokens, delta_batch, delta_head, delta_token) + col[None, :]
+        value += factor * tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        rounded = narrow(value, x.dtype.element_ty)
+        if total is not None:
+            at = total + row_at(row, heads, tokens, total_batch, total_head, total_token) + col[None, :]
+            tl.store(at, rounded, mask=inside)
+        value = rounded.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(value * value, axis=1) / width + eps)
-    normal = value * inverse[:, None]
-    if CAST_BEFORE:
-        normal = narrow(normal, x.dtype.element_ty).to(tl.float32)
-    out = narrow(normal * scale[None, :], y.dtype.element_ty)
-    tl.store(y + row[:, None] * width + col[None, :], out, mask=inside)
-    tl.store(rstd + row, inverse, mask=row < rows)
+    if y is not None:
+        normal = value * inverse[:, None]
+        if CAST_BEFORE:
+            normal = narrow(normal, x.dtype.element_ty).to(tl.float32)
+        out = normal * (offset + vector(weight, col, width))[None, :]
+        at = y + row_at(row, heads, tokens, y_batch, y_head, y_token) + col[None, :]
+        tl.store(at, narrow(out, y.dtype.element_ty), mask=inside)
+    if rstd is not None:
+        tl.store(rstd + row, inverse, mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -66,144 +102,99 @@ def rms_norm_bwd(
     dy,
     acc,
     dx,
-    partial,
-    x_stride,
-    dy_stride,
-    acc_stride,
+    dw_partial,
+    x_batch,
+    x_head,
+    x_token,
+    dy_batch,
+    dy_head,
+    dy_token,
+    acc_batch,
+    acc_head,
+    acc_token,
+    dx_batch,
+    dx_head,
+    dx_token,
+    heads,
+    tokens,
     rows,
     width,
     offset,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """dx, and this program's row of `partial` [programs, width] float32. acc, dx or partial may be None: not wanted."""
+    """dx, and this program's row of dw_partial [programs, width] float32. acc and each of the two may be None: not
+    wanted."""
     col = tl.arange(0, COLS)
     # With dw a program lives for many tiles and keeps the scale in registers. Without, dx of a wide row needs those.
-    if partial is not None:
-        scale = _scale(weight, col, width, offset)
+    if dw_partial is not None:
+        scale = offset + vector(weight, col, width)
     dw = tl.zeros([ROWS, COLS], dtype=tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        row = tile * ROWS + tl.arange(0, ROWS)
         inside = (row < rows)[:, None] & (col < width)[None, :]
         inverse = tl.load(rstd + row, mask=row < rows, other=0.0)
-        value = tl.load(x + row[:, None] * x_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
-        normal = value * inverse[:, None]
-        grad = tl.load(dy + row[:, None] * dy_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
-        if partial is not None:
+        at = x + row_at(row, heads, tokens, x_batch, x_head, x_token) + col[None, :]
+        normal = tl.load(at, mask=inside, other=0.0).to(tl.float32) * inverse[:, None]
+        at = dy + row_at(row, heads, tokens, dy_batch, dy_head, dy_token) + col[None, :]
+        grad = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        if dw_partial is not None:
             dw += grad * normal
         if dx is not None:
-            if partial is None:
-                scale = _scale(weight, col, width, offset)
+            if dw_partial is None:
+                scale = offset + vector(weight, col, width)
             grad = grad * scale[None, :]
-            mean = tl.sum(grad * normal, axis=1) / width
-            out = inverse[:, None] * (grad - normal * mean[:, None])
+            tilt = tl.sum(grad * normal, axis=1) / width
+            out = inverse[:, None] * (grad - normal * tilt[:, None])
             if acc is not None:
-                waiting = tl.load(acc + row[:, None] * acc_stride + col[None, :], mask=inside, other=0.0)
-                out += waiting.to(tl.float32)
-            tl.store(dx + row[:, None] * width + col[None, :], narrow(out, dx.dtype.element_ty), mask=inside)
-    if partial is not None:
-        at = partial + tl.program_id(0).to(tl.int64) * width + col
+                at = acc + row_at(row, heads, tokens, acc_batch, acc_head, acc_token) + col[None, :]
+                out += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            at = dx + row_at(row, heads, tokens, dx_batch, dx_head, dx_token) + col[None, :]
+            tl.store(at, narrow(out, dx.dtype.element_ty), mask=inside)
+    if dw_partial is not None:
+        at = dw_partial + tl.program_id(0).to(tl.int64) * width + col
         tl.store(at, tl.sum(dw, axis=0), mask=col < width)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def rms_norm_dw(
+def wide_partials(
     x,
-    rstd,
-    dy,
-    partial,
-    x_stride,
-    dy_stride,
-    rows,
-    width,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """A tile of columns of one row of `partial` [programs, width]: dw alone, for rows too wide for `rms_norm_bwd`."""
-    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    dw = tl.zeros([ROWS, COLS], dtype=tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
-        inside = (row < rows)[:, None] & (col < width)[None, :]
-        inverse = tl.load(rstd + row, mask=row < rows, other=0.0)
-        value = tl.load(x + row[:, None] * x_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(dy + row[:, None] * dy_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
-        dw += grad * (value * inverse[:, None])
-    tl.store(partial + tl.program_id(0).to(tl.int64) * width + col, tl.sum(dw, axis=0), mask=col < width)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def layer_norm_fwd(
-    x,
-    weight,
-    bias,
-    y,
-    mean,
-    rstd,
-    x_stride,
-    rows,
-    width,
-    eps,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """y, mean and rstd of ROWS rows. bias may be None."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = tl.arange(0, COLS)
-    inside = (row < rows)[:, None] & (col < width)[None, :]
-    value = tl.load(x + row[:, None] * x_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
-    middle = tl.sum(value, axis=1) / width
-    apart = tl.where(inside, value - middle[:, None], 0.0)
-    inverse = tl.rsqrt(tl.sum(apart * apart, axis=1) / width + eps)
-    scale = tl.load(weight + col, mask=col < width, other=0.0).to(tl.float32)
-    out = apart * inverse[:, None] * scale[None, :]
-    if bias is not None:
-        out += tl.load(bias + col, mask=col < width, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + row[:, None] * width + col[None, :], narrow(out, y.dtype.element_ty), mask=inside)
-    tl.store(mean + row, middle, mask=row < rows)
-    tl.store(rstd + row, inverse, mask=row < rows)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def layer_norm_bwd(
-    x,
-    weight,
     mean,
     rstd,
     dy,
-    dx,
     dw_partial,
     db_partial,
-    x_stride,
-    dy_stride,
+    x_batch,
+    x_head,
+    x_token,
+    dy_batch,
+    dy_head,
+    dy_token,
+    heads,
+    tokens,
     rows,
     width,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """dx, and this program's row of the partial sums [programs, width] float32. Each of the three may be None."""
-    col = tl.arange(0, COLS)
-    scale = tl.load(weight + col, mask=col < width, other=0.0).to(tl.float32)
+    """A tile of columns of one row of each of the partial sums [programs, width] of dy * (x - mean) * rstd and of dy:
+    for rows too wide for the kernels that make dx. mean None: 0. Either sum may be None: not wanted."""
+    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     dw = tl.zeros([ROWS, COLS], dtype=tl.float32)
     db = tl.zeros([ROWS, COLS], dtype=tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        row = tile * ROWS + tl.arange(0, ROWS)
         inside = (row < rows)[:, None] & (col < width)[None, :]
-        middle = tl.load(mean + row, mask=row < rows, other=0.0)
-        inverse = tl.load(rstd + row, mask=row < rows, other=0.0)
-        value = tl.load(x + row[:, None] * x_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
-        normal = tl.where(inside, (value - middle[:, None]) * inverse[:, None], 0.0)
-        grad = tl.load(dy + row[:, None] * dy_stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
+        at = dy + row_at(row, heads, tokens, dy_batch, dy_head, dy_token) + col[None, :]
+        grad = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         if dw_partial is not None:
-            dw += grad * normal
+            at = x + row_at(row, heads, tokens, x_batch, x_head, x_token) + col[None, :]
+            value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            if mean is not None:
+                value -= tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
+            dw += grad * (value * tl.load(rstd + row, mask=row < rows, other=0.0)[:, None])
         if db_partial is not None:
             db += grad
-        if dx is not None:
-            grad = grad * scale[None, :]
-            level = tl.sum(grad, axis=1) / width
-            tilt = tl.sum(grad * normal, axis=1) / width
-            out = inverse[:, None] * (grad - level[:, None] - normal * tilt[:, None])
-            tl.store(dx + row[:, None] * width + col[None, :], narrow(out, dx.dtype.element_ty), mask=inside)
     at = tl.program_id(0).to(tl.int64) * width + col
     if dw_partial is not None:
         tl.store(dw_partial + at, tl.sum(dw, axis=0), mask=col < width)
@@ -211,13 +202,31 @@ def layer_norm_bwd(
         tl.store(db_partial + at, tl.sum(db, axis=0), mask=col < width)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def column_sum(partial, out, rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """out[col] = sum over rows of partial[row, col], always in the same order."""
+@triton.jit(do_not_specialize=["first_rows", "second_rows"])
+def column_sums(
+    partial,
+    first,
+    second,
+    first_rows,
+    second_rows,
+    width,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """The second stage, of both of a norm's gradients at once: partial [first_rows + second_rows, width] float32.
+
+    first[col] = sum of the first rows, second[col] = sum of the others, always in the same order. second may be None.
+    """
+    which = tl.program_id(1)
     col = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    start, stop = which * first_rows, first_rows + which * second_rows
     total = tl.zeros([ROWS, COLS], dtype=tl.float32)
-    for start in range(0, rows, ROWS):
-        row = start + tl.arange(0, ROWS)
-        inside = (row < rows)[:, None] & (col < width)[None, :]
-        total += tl.load(partial + row[:, None] * width + col[None, :], mask=inside, other=0.0)
-    tl.store(out + col, narrow(tl.sum(total, axis=0), out.dtype.element_ty), mask=col < width)
+    for block in range(start, stop, ROWS):
+        row = block + tl.arange(0, ROWS)
+        inside = (row < stop)[:, None] & (col < width)[None, :]
+        total += tl.load(partial + row[:, None].to(tl.int64) * width + col[None, :], mask=inside, other=0.0)
+    value = tl.sum(total, axis=0)
+    if which == 0:
+        tl.store(first + col, narrow(value, first.dtype.element_ty), mask=col < width)
+    elif second is not None:
+        tl.store(second + col, narrow(value, second.dtype.element_ty), mask=col < width)

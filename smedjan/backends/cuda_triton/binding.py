@@ -1,0 +1,124 @@
+"""What the rules of a program are given: arrays without memory, to see what they would start, or the planned places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor as Array
+
+from smedjan.backends.cuda_triton.buffers import ARENA, HOST, INPUT_STORE, Place, Store
+from smedjan.backends.cuda_triton.launch import Launches
+from smedjan.backends.cuda_triton.table import KernelRule
+from smedjan.graph.tensor import Tensor
+
+if TYPE_CHECKING:
+    from smedjan.backends.cuda_triton.program import PlannedProgram
+
+
+@dataclass(frozen=True, slots=True)
+class HostNumbers:
+    """Numbers that the host computes before each run from the scalars of these names, and where they go."""
+
+    function: Callable[..., Sequence[float]]
+    names: tuple[Any, ...]
+    place: Array
+
+
+@dataclass(frozen=True, slots=True)
+class HostScalar:
+    """A scalar input of the graph that a rule takes as a number of the host."""
+
+    name: str
+
+
+class Unbound:
+    """Arrays without memory: what a rule asks for is noted."""
+
+    def __init__(self, program: PlannedProgram) -> None:
+        self.program = program
+
+    def launches(self, position: int) -> Launches:
+        def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Array:
+            array = torch.empty(shape, dtype=dtype, device="meta")
+            self.program._scratch.append(Store(ARENA, dtype, array.numel(), position, position))
+            return array
+
+        def host(function: Callable[..., Sequence[float]], scalars: Sequence[Any]) -> Array:
+            return torch.empty(_count(function, scalars), dtype=torch.float32, device="meta")
+
+        return Launches(torch.device("meta"), scratch=scratch, host=host, allocate=_without_memory)
+
+    def array(self, place: Place) -> Array:
+        return place.array
+
+    def given(self, tensor: Tensor | None, rule: KernelRule) -> Any:
+        if tensor is None:
+            return None
+        if rule.scalars and tensor.ndim == 0 and tensor.node.attrs.get("name") in self.program.graph.inputs:
+            return HostScalar(tensor.node.attrs["name"])
+        return self.array(self.program.plan.places[tensor])
+
+    def result(self, tensor: Tensor) -> Array | None:
+        place = self.program.plan.places.get(tensor)
+        return None if place is None else self.array(place)
+
+
+def _without_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Array:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+class Bound(Unbound):
+    """Arrays in memory."""
+
+    def __init__(self, program: PlannedProgram) -> None:
+        super().__init__(program)
+        self._scratch, self._hosts = iter(program._scratch), 0
+
+    def launches(self, position: int) -> Launches:
+        program = self.program
+
+        def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Array:
+            store = next(self._scratch)
+            assert (store.numel, store.dtype) == (prod(shape), dtype), "another scratch than was planned"
+            return self._base(store).view(shape)
+
+        def host(function: Callable[..., Sequence[float]], scalars: Sequence[Any]) -> Array:
+            if self._hosts == len(program._host_places):
+                program._host_places.append(program.pool.allocate((_count(function, scalars),), torch.float32))
+            place = program._host_places[self._hosts]
+            self._hosts += 1
+            program._host.append(HostNumbers(function, tuple(scalars), place))
+            return place
+
+        return Launches(program.pool.device, scratch=scratch, host=host, allocate=program.pool.allocate)
+
+    def _base(self, store: Store) -> Array:
+        program = self.program
+        if store.kind == ARENA:
+            arena = program._seen_arena
+            assert arena is not None
+            return arena[store.offset : store.offset + store.nbytes].view(store.dtype)
+        if store.kind == INPUT_STORE:
+            return program._arrays[store.name]
+        if store.kind == HOST:
+            if store not in program._host_buffers:
+                program._host_buffers[store] = program.pool.host(store.numel, store.dtype)
+            return program._host_buffers[store]
+        shape = program.graph.outputs[store.name].shape
+        return program._results.setdefault(store.name, program.pool.output(store.name, shape, store.dtype))
+
+    def array(self, place: Place) -> Array:
+        """A whole input or output is the array itself, which rules may move behind another."""
+        base, seen = self._base(place.store), place.array
+        if place.store.kind != ARENA and base.shape == seen.shape and base.stride() == seen.stride():
+            return base
+        return base.as_strided(seen.shape, seen.stride(), base.storage_offset() + seen.storage_offset())
+
+
+def _count(function: Callable[..., Sequence[float]], scalars: Sequence[Any]) -> int:
+    """How many numbers the host computes: tried with ones."""
+    return len(list(function(*(1 if isinstance(scalar, HostScalar) else scalar for scalar in scalars))))

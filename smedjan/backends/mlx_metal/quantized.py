@@ -1,0 +1,83 @@
+"""Weights of 4 and 8 bits, widened in float32 and rounded once."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import mlx.core as mx
+
+from smedjan.backends.mlx_metal.elementwise import DTYPES, NAMES, wide
+from smedjan.backends.mlx_metal.linear import linear
+from smedjan.backends.mlx_metal.table import RULES
+from smedjan.ops.quantized import BLOCK, NESTED_BLOCK
+
+
+@cache
+def tables() -> tuple[mx.array, mx.array, list[float], float]:
+    """The values of a byte's two codes, [256, 2], and of a scale's code, [256]; the bounds; the least divisor."""
+    from smedjan.checkpoint import nf4  # with numpy, which this backend else does without
+
+    normal = mx.array(nf4.NORMAL)
+    byte = mx.arange(256)
+    pairs = normal[mx.stack([mx.right_shift(byte, 4), byte & 15], axis=-1)]
+    return pairs, mx.array(nf4.DYNAMIC), nf4.BOUNDS.tolist(), float(nf4.TINIEST)
+
+
+@RULES.rule("nf4_dequantize")
+def nf4_dequantize(
+    codes: mx.array, absmax: mx.array, nested: mx.array, offset: mx.array, *, shape: tuple[int, int], dtype: str
+) -> mx.array:
+    pairs, dynamic, _, _ = tables()
+    count = shape[0] * shape[1]
+    scale = dynamic[absmax] * mx.repeat(nested, NESTED_BLOCK)[: absmax.size] + offset
+    values = pairs[codes].reshape(-1)[:count] * mx.repeat(scale, BLOCK)[:count]
+    return values.astype(DTYPES[dtype]).reshape(shape)
+
+
+@RULES.rule("int8_dequantize")
+def int8_dequantize(codes: mx.array, scale: mx.array, *, dtype: str) -> mx.array:
+    return (wide(codes) * scale[:, None]).astype(DTYPES[dtype])
+
+
+@RULES.rule("nf4_linear")
+def nf4_linear(
+    x: mx.array,
+    codes: mx.array,
+    absmax: mx.array,
+    nested: mx.array,
+    offset: mx.array,
+    bias: mx.array | None,
+    *,
+    shape: tuple[int, int],
+) -> mx.array:
+    return linear(x, nf4_dequantize(codes, absmax, nested, offset, shape=shape, dtype=NAMES[x.dtype]), bias)
+
+
+@RULES.rule("int8_linear")
+def int8_linear(x: mx.array, codes: mx.array, scale: mx.array, bias: mx.array | None) -> mx.array:
+    return linear(x, int8_dequantize(codes, scale, dtype=NAMES[x.dtype]), bias)
+
+
+@RULES.rule("nf4_quantize")
+def nf4_quantize(weight: mx.array) -> tuple[mx.array, mx.array]:
+    values = wide(weight).reshape(-1)
+    count = values.size
+    short = -count % BLOCK
+    _, _, bounds, tiniest = tables()
+    blocks = mx.pad(values, (0, short)).reshape(-1, BLOCK)
+    absmax = mx.abs(blocks).max(axis=1)
+    divisor = mx.maximum(absmax, tiniest)
+    scaled = blocks * (1.0 / divisor)[:, None]
+    if short:
+        absmax[-1], scaled[-1] = divisor[-1], blocks[-1] / divisor[-1]
+    flat = scaled.reshape(-1)[: count + count % 2]
+    code = sum(((flat > bound).astype(mx.uint8) for bound in bounds), mx.zeros(flat.shape, mx.uint8))
+    return mx.left_shift(code[::2], 4) | code[1::2], absmax
+
+
+@RULES.rule("int8_quantize")
+def int8_quantize(weight: mx.array) -> tuple[mx.array, mx.array]:
+    values = wide(weight)
+    scale = mx.abs(values).max(axis=1) / 127
+    codes = values / mx.where(scale == 0, 1.0, scale)[:, None]
+    return mx.clip(mx.round(codes), -127, 127).astype(mx.int8), scale
