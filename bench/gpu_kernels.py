@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn import functional
 from triton.testing import do_bench
 
-from smedjan.backends.cuda_triton.apply import apply, node_of, prepare
+from smedjan.backends.cuda_triton.apply import apply, prepare
+from smedjan.backends.cuda_triton.immediate import node_of
 
 ROWS = 8192
 """Tokens of a step."""

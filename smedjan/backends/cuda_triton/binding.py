@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor as Array
 
-from smedjan.backends.cuda_triton.buffers import ARENA, HOST, INPUT_STORE, Place, Store
+from smedjan.backends.cuda_triton.buffers import ARENA, HOST, INPUT_STORE, Buffers, Place, Store
 from smedjan.backends.cuda_triton.launch import Launches
+from smedjan.backends.cuda_triton.pool import Pool
 from smedjan.backends.cuda_triton.table import KernelRule
+from smedjan.graph.node import Graph
 from smedjan.graph.tensor import Tensor
-
-if TYPE_CHECKING:
-    from smedjan.backends.cuda_triton.program import PlannedProgram
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +34,33 @@ class HostScalar:
     name: str
 
 
+@dataclass(kw_only=True)
+class Held:
+    """A program's places, and the memory that it has for them: `arrays` of its inputs, `results` of its outputs, the
+    pool's `arena`, places of the host's numbers, and pinned buffers."""
+
+    graph: Graph
+    plan: Buffers
+    pool: Pool
+    scratch: list[Store] = field(default_factory=list)
+    arrays: dict[str, Array] = field(default_factory=dict)
+    results: dict[str, Array] = field(default_factory=dict)
+    arena: Array | None = None
+    numbers: list[HostNumbers] = field(default_factory=list)
+    number_places: list[Array] = field(default_factory=list)
+    host_buffers: dict[Store, Array] = field(default_factory=dict)
+
+
 class Unbound:
     """Arrays without memory: what a rule asks for is noted."""
 
-    def __init__(self, program: PlannedProgram) -> None:
-        self.program = program
+    def __init__(self, held: Held) -> None:
+        self.held = held
 
     def launches(self, position: int) -> Launches:
         def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Array:
             array = torch.empty(shape, dtype=dtype, device="meta")
-            self.program._scratch.append(Store(ARENA, dtype, array.numel(), position, position))
+            self.held.scratch.append(Store(ARENA, dtype, array.numel(), position, position))
             return array
 
         def host(function: Callable[..., Sequence[float]], scalars: Sequence[Any]) -> Array:
@@ -58,12 +74,12 @@ class Unbound:
     def given(self, tensor: Tensor | None, rule: KernelRule) -> Any:
         if tensor is None:
             return None
-        if rule.scalars and tensor.ndim == 0 and tensor.node.attrs.get("name") in self.program.graph.inputs:
+        if rule.scalars and tensor.ndim == 0 and tensor.node.attrs.get("name") in self.held.graph.inputs:
             return HostScalar(tensor.node.attrs["name"])
-        return self.array(self.program.plan.places[tensor])
+        return self.array(self.held.plan.places[tensor])
 
     def result(self, tensor: Tensor) -> Array | None:
-        place = self.program.plan.places.get(tensor)
+        place = self.held.plan.places.get(tensor)
         return None if place is None else self.array(place)
 
 
@@ -74,12 +90,12 @@ def _without_memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.de
 class Bound(Unbound):
     """Arrays in memory."""
 
-    def __init__(self, program: PlannedProgram) -> None:
-        super().__init__(program)
-        self._scratch, self._hosts = iter(program._scratch), 0
+    def __init__(self, held: Held) -> None:
+        super().__init__(held)
+        self._scratch, self._hosts = iter(held.scratch), 0
 
     def launches(self, position: int) -> Launches:
-        program = self.program
+        held = self.held
 
         def scratch(shape: tuple[int, ...], dtype: torch.dtype) -> Array:
             store = next(self._scratch)
@@ -87,29 +103,29 @@ class Bound(Unbound):
             return self._base(store).view(shape)
 
         def host(function: Callable[..., Sequence[float]], scalars: Sequence[Any]) -> Array:
-            if self._hosts == len(program._host_places):
-                program._host_places.append(program.pool.allocate((_count(function, scalars),), torch.float32))
-            place = program._host_places[self._hosts]
+            if self._hosts == len(held.number_places):
+                held.number_places.append(held.pool.allocate((_count(function, scalars),), torch.float32))
+            place = held.number_places[self._hosts]
             self._hosts += 1
-            program._host.append(HostNumbers(function, tuple(scalars), place))
+            held.numbers.append(HostNumbers(function, tuple(scalars), place))
             return place
 
-        return Launches(program.pool.device, scratch=scratch, host=host, allocate=program.pool.allocate)
+        return Launches(held.pool.device, scratch=scratch, host=host, allocate=held.pool.allocate)
 
     def _base(self, store: Store) -> Array:
-        program = self.program
+        held = self.held
         if store.kind == ARENA:
-            arena = program._seen_arena
+            arena = held.arena
             assert arena is not None
             return arena[store.offset : store.offset + store.nbytes].view(store.dtype)
         if store.kind == INPUT_STORE:
-            return program._arrays[store.name]
+            return held.arrays[store.name]
         if store.kind == HOST:
-            if store not in program._host_buffers:
-                program._host_buffers[store] = program.pool.host(store.numel, store.dtype)
-            return program._host_buffers[store]
-        shape = program.graph.outputs[store.name].shape
-        return program._results.setdefault(store.name, program.pool.output(store.name, shape, store.dtype))
+            if store not in held.host_buffers:
+                held.host_buffers[store] = held.pool.host(store.numel, store.dtype)
+            return held.host_buffers[store]
+        shape = held.graph.outputs[store.name].shape
+        return held.results.setdefault(store.name, held.pool.output(store.name, shape, store.dtype))
 
     def array(self, place: Place) -> Array:
         """A whole input or output is the array itself, which rules may move behind another."""

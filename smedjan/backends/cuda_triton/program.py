@@ -17,8 +17,8 @@ import torch
 from torch import Tensor as Array
 
 from smedjan.backends.cuda_triton import buffers
-from smedjan.backends.cuda_triton.binding import Bound, HostNumbers, HostScalar, Unbound
-from smedjan.backends.cuda_triton.buffers import ARENA, HOST, INPUT_STORE, Place, Store
+from smedjan.backends.cuda_triton.binding import Bound, Held, HostScalar, Unbound
+from smedjan.backends.cuda_triton.buffers import ARENA, HOST, INPUT_STORE, Place
 from smedjan.backends.cuda_triton.elementwise import copy_to
 from smedjan.backends.cuda_triton.launch import Launch, Launches
 from smedjan.backends.cuda_triton.pool import Pool
@@ -51,26 +51,20 @@ class PlannedProgram(Program):
         self._nodes = [call.node for call in self.calls]
         self._rules: list[Any] = [RULES.lower(node) for node in self._nodes]
         self.plan = buffers.plan(graph, self._nodes, self._rules)
-        self._scratch: list[Store] = []
-        self._recorded = self._write_down(Unbound(self))
-        self.plan.stores.extend(self._scratch)
+        self._held = Held(graph=graph, plan=self.plan, pool=pool)
+        self._recorded = self._write_down(Unbound(self._held))
+        self.plan.stores.extend(self._held.scratch)
         self.plan.arena = buffers.settle(self.plan.stores)
         self._bound: dict[str, int] = {}
         self._steps: list[Step] = []
         self._calls: list[Launch] = []
-        self._host: list[HostNumbers] = []
         self._static: dict[str, Array] = {}
-        self._results: dict[str, Array] = {}
         self._copied: dict[str, tuple[int, int]] = {}
         self._sources: dict[str, Array] = {}
         self._kept: Array | None = None
         self._runs = 0
         self._captured: torch.cuda.CUDAGraph | None = None
-        self._seen_arena: Array | None = None
-        self._arrays: dict[str, Array] = {}
         self._outputs_at: list[tuple[Array, int]] = []
-        self._host_places: list[Array] = []
-        self._host_buffers: dict[Store, Array] = {}
 
     # What is known without running.
 
@@ -146,7 +140,7 @@ class PlannedProgram(Program):
         fixed = {name: array for name, array in given.items() if _stays(self.graph.inputs[name])}
         addresses = {name: array.data_ptr() for name, array in fixed.items()}
         arena = self.pool.arena_of(self.plan.arena)
-        if not self._steps or addresses != self._bound or arena is not self._seen_arena or self._moved():
+        if not self._steps or addresses != self._bound or arena is not self._held.arena or self._moved():
             self._bind(fixed)
         for name, array in self._static.items():
             value = given[name]
@@ -167,27 +161,27 @@ class PlannedProgram(Program):
     def _bind(self, fixed: Mapping[str, Array]) -> None:
         pool = self.pool
         self._captured, self._runs = None, 0
-        self._seen_arena = pool.arena_of(self.plan.arena)
+        self._held.arena = pool.arena_of(self.plan.arena)
         for name, tensor in self.graph.inputs.items():
             if not _stays(tensor) and name not in self._static:
                 self._static[name] = pool.allocate(tensor.shape, DTYPES[tensor.dtype])
-        self._arrays = {**fixed, **self._static}
+        self._held.arrays = {**fixed, **self._static}
         bound = None
         while bound != self._addresses(fixed):
             # A rule may move arrays that must lie one behind another, of which others hold addresses already.
             bound = self._addresses(fixed)
-            self._host = []
-            self._steps = self._write_down(Bound(self))
+            self._held.numbers = []
+            self._steps = self._write_down(Bound(self._held))
         self._calls = [call for step in self._steps for call in step.calls]
         self._bound = {name: array.data_ptr() for name, array in fixed.items()}
-        self._outputs_at = [(array, array.data_ptr()) for array in self._results.values()]
+        self._outputs_at = [(array, array.data_ptr()) for array in self._held.results.values()]
 
     def _addresses(self, fixed: Mapping[str, Array]) -> list[int]:
-        return [array.data_ptr() for array in (*fixed.values(), *self._results.values())]
+        return [array.data_ptr() for array in (*fixed.values(), *self._held.results.values())]
 
     def _tell(self, inputs: Mapping[str, Any]) -> None:
         """The host's numbers: a learning rate, a step."""
-        for numbers in self._host:
+        for numbers in self._held.numbers:
             values = numbers.function(*(inputs[x.name] if isinstance(x, HostScalar) else x for x in numbers.names))
             numbers.place.copy_(torch.tensor(list(values), dtype=torch.float32), non_blocking=True)
 
@@ -202,7 +196,7 @@ class PlannedProgram(Program):
 
     def _observed(self, observe: Observer) -> None:
         """Node by node; what is seen is copied, since its buffer serves others later."""
-        on = Bound(self)
+        on = Bound(self._held)
         steps = iter(self._steps)
         for node in self._nodes:
             for call in next(steps).calls:
@@ -216,8 +210,8 @@ class PlannedProgram(Program):
     def _given_back(self, name: str, tensor: Tensor) -> Array:
         place = self.plan.places[tensor]
         if place.store.kind == INPUT_STORE:
-            return self._arrays[place.store.name]
-        array = self._results[name]
+            return self._held.arrays[place.store.name]
+        array = self._held.results[name]
         if tensor.shape == ():
             return self._keep(array)
         return array if name.startswith("grad.") else array.clone()

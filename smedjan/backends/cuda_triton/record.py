@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from smedjan.backends.cuda_triton import tuned
-from smedjan.backends.cuda_triton.apply import node_of
 from smedjan.backends.cuda_triton.examples.example import Example
+from smedjan.backends.cuda_triton.immediate import node_of
 from smedjan.backends.cuda_triton.launch import Launch, Launches
 from smedjan.backends.cuda_triton.rules import RULES
 from smedjan.backends.cuda_triton.table import KernelRule

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from smedjan.backends.cuda_triton.apply import run_now, view_now
+from smedjan.backends.cuda_triton.immediate import run_now, view_now
 from smedjan.graph.lowering import Rule, RuleTable, Supports
 from smedjan.graph.node import Node
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smedjan.backends.cuda_triton.apply import allocate, immediate, node_of
+from smedjan.backends.cuda_triton.immediate import allocate, immediate, node_of
 from smedjan.backends.cuda_triton.rules import RULES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from smedjan.backends.cuda_triton import fp8
-from smedjan.backends.cuda_triton.apply import apply, node_of, prepare
+from smedjan.backends.cuda_triton.apply import apply, prepare
+from smedjan.backends.cuda_triton.immediate import node_of
 from smedjan.backends.cuda_triton.kernels import fp8 as kernels
 from smedjan.backends.cuda_triton.table import RULES
 from smedjan.backends.torch_reference import RULES as ATEN

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from smedjan.backends.cuda_triton import apply as apply_module
-from smedjan.backends.cuda_triton import library_attention, tuned
-from smedjan.backends.cuda_triton.apply import node_of, prepare
+from smedjan.backends.cuda_triton import immediate, library_attention, tuned
+from smedjan.backends.cuda_triton.apply import prepare
+from smedjan.backends.cuda_triton.immediate import node_of
 from smedjan.backends.cuda_triton.table import RULES
 from tests.backends.cuda_triton.test_plan import programs
 
@@ -132,7 +132,7 @@ def test_what_is_written_down(choose, library, monkeypatch):
     """One call each, over the arrays as they are; torch's own checks of them pass."""
     choose(library)
     # Without memory there is nothing to guard.
-    monkeypatch.setattr(apply_module, "allocate", lambda shape, dtype, on: torch.empty(shape, dtype=dtype, device=on))
+    monkeypatch.setattr(immediate, "allocate", lambda shape, dtype, on: torch.empty(shape, dtype=dtype, device=on))
     given = arrays()
     [call], (y, lse) = prepare("flash_attention", given.q, given.k, given.v, None, None, None, None, **PLAIN)
     assert (call.name, call.grid, dict(call.constants)) == (NAMES[library], (), {"scale": 0.125})

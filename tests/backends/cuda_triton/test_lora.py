@@ -14,7 +14,8 @@ from torch.nn.functional import linear
 
 from smedjan.backends.cuda_triton import lora as rules
 from smedjan.backends.cuda_triton import tuned
-from smedjan.backends.cuda_triton.apply import apply, immediate, node_of
+from smedjan.backends.cuda_triton.apply import apply
+from smedjan.backends.cuda_triton.immediate import immediate, node_of
 from smedjan.backends.cuda_triton.kernels import lora as kernels
 from smedjan.backends.cuda_triton.launch import Launch, Launches
 from smedjan.backends.cuda_triton.table import RULES

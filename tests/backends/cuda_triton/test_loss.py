@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
 from smedjan.backends.cuda_triton import loss
-from smedjan.backends.cuda_triton.apply import apply, immediate
+from smedjan.backends.cuda_triton.apply import apply
+from smedjan.backends.cuda_triton.immediate import immediate
 from smedjan.backends.cuda_triton.kernels import common
 from smedjan.backends.cuda_triton.kernels import loss as kernels
 from smedjan.backends.cuda_triton.loss import Shaping

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smedjan.backends.cuda_triton import loss
-from smedjan.backends.cuda_triton.apply import apply, node_of
+from smedjan.backends.cuda_triton.apply import apply
+from smedjan.backends.cuda_triton.immediate import node_of
 from smedjan.backends.cuda_triton.kernels import common
 from smedjan.backends.cuda_triton.launch import Launch, Launches
 from smedjan.backends.cuda_triton.rules import RULES

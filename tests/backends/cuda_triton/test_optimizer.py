@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from smedjan.backends.cuda_triton import memory, optimizer
-from smedjan.backends.cuda_triton.apply import apply, node_of
+from smedjan.backends.cuda_triton.apply import apply
+from smedjan.backends.cuda_triton.immediate import node_of
 from smedjan.backends.cuda_triton.kernels import common
 from smedjan.backends.cuda_triton.kernels import optimizer as kernels
 from smedjan.backends.cuda_triton.launch import Launches

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from smedjan.backends.cuda_triton import rope as rules
-from smedjan.backends.cuda_triton.apply import apply, immediate, node_of
+from smedjan.backends.cuda_triton.apply import apply
+from smedjan.backends.cuda_triton.immediate import immediate, node_of
 from smedjan.backends.cuda_triton.kernels import common
 from smedjan.backends.cuda_triton.kernels import rope as kernels
 from smedjan.backends.cuda_triton.rules import RULES

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from smedjan.backends.cuda_triton import elementwise, shape
-from smedjan.backends.cuda_triton.apply import apply, node_of
+from smedjan.backends.cuda_triton.apply import apply
+from smedjan.backends.cuda_triton.immediate import node_of
 from smedjan.backends.cuda_triton.rules import RULES
 from smedjan.backends.cuda_triton.table import ViewRule
 from smedjan.backends.torch_reference.table import RULES as ATEN
