@@ -12,7 +12,8 @@ from cyclopts import Parameter
 
 from smedjan.cli.graph import summary
 from smedjan.cli.output import COMMON, Common, Outcome, as_json, table
-from smedjan.train.config import FinetuneConfig, Flag, flags
+from smedjan.train.config import FinetuneConfig, flags
+from smedjan.train.flags import Flag
 
 Event = dict[str, Any]
 

@@ -2,23 +2,23 @@
 
     FinetuneConfig.from_toml("run.toml", {"optim.lr": "2e-4"})      the file, and flags over it
 
-A field's annotation, default and metadata say its type, choices, range and help. All is checked where a config is made:
-one that exists is a valid one. Paths are relative to the working directory, in the file as in flags.
+Paths are relative to the working directory, in the file as in flags.
 """
 
 from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
-from math import ceil, isfinite
+from math import ceil
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal
 
 from smedjan.errors import ConfigError, nearest
+from smedjan.train.flags import Flag, Section, flags_of
 
 Method = Literal["full", "lora", "qlora"]
 
@@ -31,32 +31,7 @@ DEFAULT_MAX_LENGTH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flag:
-    """What the value of one field must be. `type` is int, float, bool, str, Path or tuple (of strings)."""
-
-    type: type[Any]
-    required: bool
-    default: Any
-    """None for "not given", or where `required`."""
-    choices: tuple[str, ...]
-    ge: float | None
-    gt: float | None
-    lt: float | None
-    help: str
-
-
-class _Section:
-    """Converts and checks each field when the dataclass is made."""
-
-    section: ClassVar[str] = ""
-
-    def __post_init__(self) -> None:
-        for name, flag in _flags_of(type(self)).items():
-            object.__setattr__(self, name, _read(getattr(self, name), flag, f"{self.section}{name}"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How much is trained, on what."""
 
     section: ClassVar[str] = "train."
@@ -111,7 +86,7 @@ class TrainConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig(_Section):
+class OptimConfig(Section):
     """The optimizer and its schedule."""
 
     section: ClassVar[str] = "optim."
@@ -163,7 +138,7 @@ class OptimConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig(_Section):
+class LoraConfig(Section):
     """Low-rank adapters: y = W x + (alpha / rank) B A dropout(x)."""
 
     section: ClassVar[str] = "lora."
@@ -183,7 +158,7 @@ class LoraConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(_Section):
+class FinetuneConfig(Section):
     """A run of `smedjan finetune`."""
 
     model: str = field(metadata={"help": "model directory, run directory or hub id"})
@@ -239,9 +214,7 @@ class FinetuneConfig(_Section):
                     raise ConfigError("is missing", field=name, remedy=f"give --{name}")
             top = {key: value for key, value in values.items() if "." not in key}
             sections = {
-                name: section(
-                    **{key: values[full] for key in _flags_of(section) if (full := f"{name}.{key}") in values}
-                )
+                name: section(**{key: values[full] for key in flags_of(section) if (full := f"{name}.{key}") in values})
                 for name, section in _SECTIONS.items()
             }
             return cls(**top, **sections)
@@ -272,34 +245,10 @@ _SECTIONS: dict[str, type[Any]] = {"train": TrainConfig, "optim": OptimConfig, "
 
 def flags() -> dict[str, Flag]:
     """Every flag by its dotted name as it is typed ("train.batch-size")."""
-    named = dict(_flags_of(FinetuneConfig))
+    named = dict(flags_of(FinetuneConfig))
     for name, section in _SECTIONS.items():
-        named |= {f"{name}.{key}": flag for key, flag in _flags_of(section).items()}
+        named |= {f"{name}.{key}": flag for key, flag in flags_of(section).items()}
     return {key.replace("_", "-"): flag for key, flag in named.items()}
-
-
-def _flags_of(section: type[Any]) -> dict[str, Flag]:
-    """The fields of a section that are flags, by name; sections within it are not."""
-    hints = get_type_hints(section)
-    found: dict[str, Flag] = {}
-    for item in fields(section):
-        if not item.metadata:
-            continue
-        hint = hints[item.name]
-        if type(None) in get_args(hint):
-            (hint,) = (part for part in get_args(hint) if part is not type(None))
-        choices = get_args(hint) if get_origin(hint) is Literal else ()
-        found[item.name] = Flag(
-            type=str if choices else (get_origin(hint) or hint),
-            required=item.default is MISSING,
-            default=None if item.default is MISSING else item.default,
-            choices=choices,
-            ge=item.metadata.get("ge"),
-            gt=item.metadata.get("gt"),
-            lt=item.metadata.get("lt"),
-            help=item.metadata["help"],
-        )
-    return found
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -334,93 +283,6 @@ def _named(tables: Mapping[str, object], *, file: Path | None, prefix: str = "")
             raise ConfigError("is there twice", file=file, field=min(twice), remedy="keep one")
         named |= found
     return named
-
-
-def _read(value: object, flag: Flag, name: str) -> Any:
-    """`value` as the flag's type. A string is read as on the command line: "1e-5" is a number, "a,b" two names."""
-    if value is None and flag.default is None and not flag.required:
-        return None
-    result = _READERS[flag.type](value, name)
-    if flag.choices and result not in flag.choices:
-        close = nearest(result, flag.choices)
-        raise ConfigError(
-            f"{result!r} is not one of {', '.join(flag.choices)}",
-            field=name,
-            remedy=f"did you mean {close}?" if close else "give one of them",
-        )
-    low = flag.ge is None or result >= flag.ge
-    high = flag.lt is None or result < flag.lt
-    if not (low and high and (flag.gt is None or result > flag.gt)):
-        bounds = ((">=", flag.ge), (">", flag.gt), ("<", flag.lt))
-        wanted = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
-        raise ConfigError(f"{result} is out of range", field=name, remedy=f"give a value {wanted}")
-    return result
-
-
-def _wrong(value: object, name: str, wanted: str) -> ConfigError:
-    return ConfigError(f"{value!r} is not {wanted}", field=name, remedy=f"give {wanted}")
-
-
-def _float(value: object, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise _wrong(value, name, "a number")
-    try:
-        number = float(value)
-    except (ValueError, OverflowError) as error:
-        raise _wrong(value, name, "a number") from error
-    if not isfinite(number):
-        raise _wrong(value, name, "a finite number")
-    return number
-
-
-def _int(value: object, name: str) -> int:
-    # Not by way of float, which would round a large seed
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.isdecimal() and len(value) < 40:
-        return int(value)
-    number = _float(value, name)
-    if not number.is_integer():
-        raise _wrong(value, name, "a whole number")
-    return int(number)
-
-
-def _bool(value: object, name: str) -> bool:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    raise _wrong(value, name, "true or false")
-
-
-def _str(value: object, name: str) -> str:
-    text = str(value) if isinstance(value, PathLike) else value
-    if not isinstance(text, str) or not text:
-        raise _wrong(value, name, "a string that is not empty")
-    return text
-
-
-def _path(value: object, name: str) -> Path:
-    return Path(_str(value, name))
-
-
-def _names(value: object, name: str) -> tuple[str, ...]:
-    parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-    if not isinstance(parts, Sequence) or not parts or not all(isinstance(part, str) and part for part in parts):
-        raise _wrong(value, name, "a list of names")
-    if len(set(parts)) != len(parts):
-        raise ConfigError("a name is there twice", field=name, remedy="keep one")
-    return tuple(parts)
-
-
-_READERS: dict[type[Any], Callable[[object, str], Any]] = {
-    int: _int,
-    float: _float,
-    bool: _bool,
-    str: _str,
-    Path: _path,
-    tuple: _names,
-}
 
 
 def _jsonable(value: Any) -> Any:
