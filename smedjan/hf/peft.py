@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,9 @@ def write_adapter(directory: Path, lora: Lora, tensors: Mapping[str, RawTensor],
         "fan_in_fan_out": lora.transposed,
         "inference_mode": True,
         "init_lora_weights": True,
-        "use_rslora": False,
+        "use_rslora": lora.rslora,
+        "rank_pattern": dict(lora.ranks),
+        "alpha_pattern": dict(lora.alphas),
         "use_dora": False,
         "layers_to_transform": None if lora.layers is None else list(lora.layers),
     }
@@ -46,15 +49,15 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "fan_in_fan_out": (False, True),
-    "use_rslora": (False,),
+    "use_rslora": (False, True),
     "use_dora": (False,),
     "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
     "exclude_modules": (None, []),
     "trainable_token_indices": (None, []),
 }
 """Keys of adapter_config.json whose other values we do not compute."""
+
+NAME = re.compile(r"[\w.]+")
 
 
 def read_adapter(directory: Path) -> tuple[Lora, Mapping[str, RawTensor]]:
@@ -80,12 +83,30 @@ def read_adapter(directory: Path) -> tuple[Lora, Mapping[str, RawTensor]]:
             targets=tuple(targets),
             layers=_layers(config.get("layers_to_transform"), file),
             transposed=config.get("fan_in_fan_out") is True,
+            ranks=_pattern(config, "rank_pattern", int, file),
+            alphas=_pattern(config, "alpha_pattern", float, file),
+            rslora=config.get("use_rslora") is True,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"is missing or no number: {error}", file=file, field="r", remedy="save it with PEFT"
         ) from error
     return lora, open_file(directory / WEIGHTS)
+
+
+def _pattern(config: Mapping[str, Any], key: str, number: type[Any], file: Path) -> tuple[tuple[str, Any], ...]:
+    """PEFT takes its keys for regular expressions of the end of a module's name; here they are names."""
+    pairs = config.get(key) or {}
+    if not isinstance(pairs, dict):
+        raise ConfigError(f"is {pairs!r}", file=file, field=key, remedy="give an object of names and numbers")
+    made = []
+    for name, value in pairs.items():
+        if not NAME.fullmatch(name) or type(value) not in (int, number) or value <= 0:
+            raise ConfigError(
+                f"{name!r}: {value!r} is not supported", file=file, field=key, remedy="only plain names of modules are"
+            )
+        made.append((name, number(value)))
+    return tuple(made)
 
 
 def _layers(value: Any, file: Path) -> tuple[int, ...] | None:
@@ -126,7 +147,7 @@ class MergeReport:
 def merged_weights(
     tensors: Mapping[str, RawTensor], lora: Lora, adapter: Mapping[str, RawTensor], dtype: str
 ) -> tuple[dict[str, RawTensor], int, float]:
-    """W + alpha / rank B A in float32, rounded to `dtype` once. Gives (weights, merged modules, largest change)."""
+    """W + s B A in float32, rounded to `dtype` once. Gives (weights, merged modules, largest change)."""
     made, merged, largest = {}, 0, 0.0
     for name, tensor in tensors.items():
         module = name.removesuffix(".weight")
@@ -141,7 +162,7 @@ def merged_weights(
                 field=a_name(module),
                 remedy="give the model that this adapter was trained on",
             )
-        delta = to_float32(b).reshape(b.shape) @ to_float32(a).reshape(a.shape) * np.float32(lora.scaling)
+        delta = to_float32(b).reshape(b.shape) @ to_float32(a).reshape(a.shape) * np.float32(lora.scaling_of(module))
         values = to_float32(tensor).reshape(tensor.shape) + (delta.T if lora.transposed else delta)
         largest, merged = max(largest, float(np.abs(delta).max())), merged + 1
         wide = RawTensor(dtype="float32", shape=tensor.shape, data=memoryview(values.reshape(-1)).cast("B"))

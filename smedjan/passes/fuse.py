@@ -126,7 +126,7 @@ def _linears(graph: Graph, has: Has) -> Iterable[Match]:
         if (
             adapted
             and has("lora_linear_group")
-            and len({n.attrs["scaling"] for n in nodes if "scaling" in n.attrs}) == 1
+            and len({(n.attrs["scaling"], _input(n, 3).shape[0]) for n in nodes if n.op is lora_linear}) == 1
         ):
             if len(nodes) > 1:
                 yield _group(nodes, biased, adapted=True, together=kind == "input")

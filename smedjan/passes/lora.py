@@ -1,4 +1,5 @@
-"""Low-rank adapters (Hu et al. 2022, eq. 3) as a graph pass: y = W x + s B A dropout(x), s = alpha / rank.
+"""Low-rank adapters (Hu et al. 2022, eq. 3) as a graph pass: y = W x + s B A dropout(x), s = alpha / rank, or, rank-
+stabilized (Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA"), alpha / sqrt(rank).
 
 The base product is emitted before the adapter's, as PEFT computes it: creation order is what makes the gradients equal
 to the bit. Adapters are float32 beside weights of any dtype; x is widened for them and the sum is rounded once.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import sqrt
 
 from smedjan.graph.node import INPUT, Graph, Node
 from smedjan.graph.rewrite import Replay
@@ -28,6 +30,9 @@ class Lora:
 
     `layers` limits them to blocks of these numbers (PEFT's layers_to_transform); below the lowest, nothing is
     differentiated. `transposed`: the base's weights are [in, out], as GPT-2 has them (PEFT's fan_in_fan_out).
+
+    `ranks` and `alphas` are other values for modules of some names (PEFT's rank_pattern, alpha_pattern), the first that
+    matches; `rslora` scales by alpha / sqrt(rank).
     """
 
     rank: int
@@ -36,10 +41,17 @@ class Lora:
     targets: tuple[str, ...]
     layers: tuple[int, ...] | None = None
     transposed: bool = False
+    ranks: tuple[tuple[str, int], ...] = ()
+    alphas: tuple[tuple[str, float], ...] = ()
+    rslora: bool = False
 
-    @property
-    def scaling(self) -> float:
-        return self.alpha / self.rank
+    def rank_of(self, module: str) -> int:
+        return next((rank for name, rank in self.ranks if is_named(module, name)), self.rank)
+
+    def scaling_of(self, module: str) -> float:
+        rank = self.rank_of(module)
+        alpha = next((alpha for name, alpha in self.alphas if is_named(module, name)), self.alpha)
+        return alpha / (sqrt(rank) if self.rslora else rank)
 
     def matches(self, module: str) -> bool:
         """PEFT's rule for a list: the module's name is a target or ends in `.target`."""
@@ -47,7 +59,7 @@ class Lora:
             block = re.search(r"\.(?:layers|h)\.(\d+)\.", module)
             if block is not None and int(block.group(1)) not in self.layers:
                 return False  # a module outside the blocks is not limited, as in PEFT
-        return any(module == target or module.endswith(f".{target}") for target in self.targets)
+        return any(is_named(module, target) for target in self.targets)
 
     def shapes(self, parameters: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Adapter parameters by PEFT's names, in module order: A [r, in], B [out, r] for each target."""
@@ -56,9 +68,15 @@ class Lora:
             module = name.removesuffix(".weight")
             if name.endswith(".weight") and len(shape) == 2 and self.matches(module):
                 outside, inside = shape[::-1] if self.transposed else shape
-                found[a_name(module)] = (self.rank, inside)
-                found[b_name(module)] = (outside, self.rank)
+                rank = self.rank_of(module)
+                found[a_name(module)] = (rank, inside)
+                found[b_name(module)] = (outside, rank)
         return found
+
+
+def is_named(module: str, name: str) -> bool:
+    """Whether `name` is the module's whole name or the end of it, in whole parts."""
+    return module == name or module.endswith(f".{name}")
 
 
 def a_name(module: str) -> str:
@@ -86,17 +104,18 @@ class _Adapt(Replay):
         assert weight is not None
         base_op = linear if node.op is linear else conv1d
         outside, inside = weight.shape if base_op is linear else weight.shape[::-1]
-        a = self.graph.input(a_name(module), (lora.rank, inside), DTYPE)
-        b = self.graph.input(b_name(module), (outside, lora.rank), DTYPE)
+        rank, scaling = lora.rank_of(module), lora.scaling_of(module)
+        a = self.graph.input(a_name(module), (rank, inside), DTYPE)
+        b = self.graph.input(b_name(module), (outside, rank), DTYPE)
         if lora.dropout == 0 and base_op is linear:
-            self.map[node.outputs[0]] = lora_linear(x, weight, bias, a, b, scaling=lora.scaling)
+            self.map[node.outputs[0]] = lora_linear(x, weight, bias, a, b, scaling=scaling)
             return
         base = base_op(x, weight, bias)
         dropped = cast(x, DTYPE)
         if lora.dropout:
             dropped = dropout(dropped, self._key(), p=lora.dropout, site=self.sites)
         self.sites += 1
-        low = scale(linear(linear(dropped, a), b), factor=lora.scaling)
+        low = scale(linear(linear(dropped, a), b), factor=scaling)
         self.map[node.outputs[0]] = cast(add(cast(base, DTYPE), low), base.dtype)
 
     def _key(self) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from math import ceil
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from smedjan.errors import ConfigError, nearest
-from smedjan.train.flags import Flag, Section, flags_of
+from smedjan.train.flags import Flag, Section, flags_of, read
 
 Method = Literal["full", "lora", "qlora"]
 
@@ -106,9 +106,10 @@ class OptimConfig(Section):
         default="nearest", metadata={"help": "of bfloat16 weights that have no master"}
     )
     clip: float = field(default=1.0, metadata={"ge": 0, "help": "the most the global gradient norm may be; 0: any"})
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = field(
+    schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "inverse_sqrt", "wsd"] = field(
         default="cosine", metadata={"help": "what follows the warm-up"}
     )
+    cycles: int = field(default=1, metadata={"ge": 1, "help": "falls to zero of cosine_with_restarts"})
     warmup: float = field(
         default=0.03, metadata={"ge": 0, "help": "steps of warm-up if 1 or more, a share of all steps if less"}
     )
@@ -123,6 +124,12 @@ class OptimConfig(Section):
                 f"{self.warmup:g} is neither a share below 1 nor a whole number of steps",
                 field="optim.warmup",
                 remedy=f"give --optim.warmup {round(self.warmup)}",
+            )
+        if self.cycles > 1 and self.schedule != "cosine_with_restarts":
+            raise ConfigError(
+                f"{self.cycles} cycles of the schedule {self.schedule}",
+                field="optim.cycles",
+                remedy="give --optim.schedule cosine_with_restarts",
             )
 
     def warmup_steps(self, total: int) -> int:
@@ -139,12 +146,17 @@ class OptimConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(Section):
-    """Low-rank adapters: y = W x + (alpha / rank) B A dropout(x)."""
+    """Low-rank adapters: y = W x + s B A dropout(x), s = alpha / rank, or alpha / sqrt(rank) with rslora."""
 
     section: ClassVar[str] = "lora."
 
     rank: int = field(default=16, metadata={"ge": 1, "help": "rank of A and B"})
     alpha: float = field(default=32.0, metadata={"gt": 0, "help": "the adapter's output is scaled by alpha / rank"})
+    rslora: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(rank): for ranks of 64 and more"})
+    rank_pattern: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "other ranks of some modules, such as q_proj=8,layers.3.mlp.up_proj=32"}
+    )
+    alpha_pattern: tuple[str, ...] | None = field(default=None, metadata={"help": "other alphas of some modules"})
     dropout: float = field(default=0.0, metadata={"ge": 0, "lt": 1, "help": "share of the inputs set to 0"})
     # With adapters on attention alone LoRA falls behind full fine-tuning, even at a higher rank (Schulman et al. 2025).
     targets: tuple[str, ...] | None = field(
@@ -155,6 +167,33 @@ class LoraConfig(Section):
         default=None,
         metadata={"ge": 1, "help": "adapters in the last N layers alone: the others need no backward (default all)"},
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.ranks, self.alphas
+
+    @property
+    def ranks(self) -> tuple[tuple[str, int], ...]:
+        """(name, rank) of `rank_pattern`."""
+        return tuple(_pairs(self.rank_pattern, "rank"))
+
+    @property
+    def alphas(self) -> tuple[tuple[str, float], ...]:
+        """(name, alpha) of `alpha_pattern`."""
+        return tuple(_pairs(self.alpha_pattern, "alpha"))
+
+
+def _pairs(pattern: tuple[str, ...] | None, flag: str) -> Iterator[tuple[str, Any]]:
+    """(name, value) of each NAME=VALUE; the value is one that the flag could have."""
+    name, seen = f"lora.{flag}_pattern", set()
+    for pair in pattern or ():
+        module, _, value = (part.strip() for part in pair.partition("="))
+        if not module or not value:
+            raise ConfigError(f"{pair!r} is not NAME=NUMBER", field=name, remedy="give such as q_proj=8")
+        if module in seen:
+            raise ConfigError(f"{module} is there twice", field=name, remedy="keep one")
+        seen.add(module)
+        yield module, read(value, flags_of(LoraConfig)[flag], name)
 
 
 @dataclass(frozen=True, kw_only=True)

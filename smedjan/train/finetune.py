@@ -109,6 +109,9 @@ class Finetune:
                 targets=lora.targets or self.files.config.linear_layers(),
                 layers=self._adapted_layers(lora.last_layers),
                 transposed=self.files.config.conv1d,
+                ranks=lora.ranks,
+                alphas=lora.alphas,
+                rslora=lora.rslora,
             )
             shapes = self.lora.shapes(self._shapes)
             names = self.files.config.names
@@ -126,6 +129,14 @@ class Finetune:
                         field="lora.targets",
                         remedy="see smedjan graph for the names",
                     )
+            for field, pairs in (("lora.rank_pattern", lora.ranks), ("lora.alpha_pattern", lora.alphas)):
+                for name, _ in pairs:
+                    if not any(f".{name}.lora_A" in adapter for adapter in shapes):
+                        raise ConfigError(
+                            f"no module with an adapter is called {name!r}",
+                            field=field,
+                            remedy="see smedjan graph for the names, and --lora.targets",
+                        )
 
     def _adapted_layers(self, last: int | None) -> tuple[int, ...] | None:
         count = self.files.config.num_hidden_layers
@@ -189,9 +200,10 @@ class Finetune:
         """Of `step`, counted from 0. Warm-up ends at the peak; its first step is not zero, unlike transformers'."""
         optim = self.config.optim
         warmup = optim.warmup_steps(self.steps.total)
-        shifted = step + 1 if step < warmup else step
-        return self.config.learning_rate * (
-            shifted / warmup if step < warmup else factor(optim.schedule, step, total=self.steps.total, warmup=warmup)
+        if step < warmup:
+            return self.config.learning_rate * ((step + 1) / warmup)
+        return self.config.learning_rate * factor(
+            optim.schedule, step, total=self.steps.total, warmup=warmup, cycles=optim.cycles
         )
 
     @cached_property

@@ -40,7 +40,7 @@ class Section:
 
     def __post_init__(self) -> None:
         for name, flag in flags_of(type(self)).items():
-            object.__setattr__(self, name, _read(getattr(self, name), flag, f"{self.section}{name}"))
+            object.__setattr__(self, name, read(getattr(self, name), flag, f"{self.section}{name}"))
 
 
 def flags_of(section: type[Any]) -> dict[str, Flag]:
@@ -67,7 +67,7 @@ def flags_of(section: type[Any]) -> dict[str, Flag]:
     return found
 
 
-def _read(value: object, flag: Flag, name: str) -> Any:
+def read(value: object, flag: Flag, name: str) -> Any:
     """`value` as the flag's type. A string is read as on the command line: "1e-5" is a number, "a,b" two names."""
     if value is None and flag.default is None and not flag.required:
         return None

@@ -40,8 +40,17 @@ FLAGS = {
             "--optim.state",
             "--optim.rounding",
         ),
-        *("--optim.clip", "--optim.schedule", "--optim.warmup", "--optim.beta1", "--optim.beta2", "--optim.eps"),
+        *(
+            "--optim.clip",
+            "--optim.schedule",
+            "--optim.warmup",
+            "--optim.cycles",
+            "--optim.beta1",
+            "--optim.beta2",
+            "--optim.eps",
+        ),
         *("--lora.rank", "--lora.alpha", "--lora.dropout", "--lora.targets", "--lora.last-layers"),
+        *("--lora.rslora", "--lora.rank-pattern", "--lora.alpha-pattern"),
     },
     "merge": {"--dtype"},
     "generate": {

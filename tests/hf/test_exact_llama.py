@@ -162,14 +162,19 @@ def test_accumulated_gradients():
         assert_bits(totals[name], parameter.grad, name)
 
 
+PATTERNS = {"rank_pattern": {"v_proj": 2, "layers.1.mlp.down_proj": 8}, "alpha_pattern": {"q_proj": 3}}
+
+
+@pytest.mark.parametrize("other", [{}, {"use_rslora": True, **PATTERNS}], ids=["", "rslora and patterns"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_lora_is_pefts(dtype):
+def test_lora_is_pefts(dtype, other):
     """Adapter gradients and ten AdamW steps, adapters in float32 beside weights of either dtype."""
     targets = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
     peer = make_peer(dtype=dtype, **GQA)
-    lora = Lora(rank=4, alpha=8, dropout=0.0, targets=targets)
+    patterns = {name: tuple(other.get(f"{name[:-1]}_pattern", {}).items()) for name in ("ranks", "alphas")}
+    lora = Lora(rank=4, alpha=8, dropout=0.0, targets=targets, rslora="use_rslora" in other, **patterns)
     session = make_session(peer, lora=lora)
-    settings = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=list(targets), bias="none")
+    settings = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=list(targets), bias="none", **other)
     model = get_peft_model(peer, settings, autocast_adapter_dtype=True)
     trained = {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
     torch.manual_seed(5)

@@ -30,8 +30,16 @@ def their_logits(model):
         return model(input_ids=torch.from_numpy(IDS)).logits
 
 
-@pytest.fixture
-def trained(model_directory, tmp_path):
+OURS = {"lora.rslora": True, "lora.rank_pattern": "v_proj=2,layers.1.mlp.down_proj=8", "lora.alpha_pattern": "v_proj=3"}
+THEIRS = {
+    "use_rslora": True,
+    "rank_pattern": {"v_proj": 2, "layers.1.mlp.down_proj": 8},
+    "alpha_pattern": {"v_proj": 3},
+}
+
+
+@pytest.fixture(params=[{}, OURS], ids=["plain", "rslora and patterns"])
+def trained(model_directory, tmp_path, request):
     """(base, run directory) of three steps of LoRA, with a rate that makes the adapter matter."""
     base = model_directory()
     rows = tmp_path / "rows.jsonl"
@@ -46,16 +54,17 @@ def trained(model_directory, tmp_path):
         "lora.targets": ",".join(TARGETS),
         "train.steps": 3,
         "optim.lr": 5e-2,
+        **request.param,
     }
     smedjan.finetune(FinetuneConfig.from_toml(None, flags))
     return base, tmp_path / "run"
 
 
-@pytest.fixture
-def from_peft(model_directory, tmp_path):
+@pytest.fixture(params=[{}, THEIRS], ids=["plain", "rslora and patterns"])
+def from_peft(model_directory, tmp_path, request):
     """(base, adapter directory) of a random adapter that peft made and saved."""
     base = model_directory()
-    settings = LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS, task_type="CAUSAL_LM")
+    settings = LoraConfig(r=4, lora_alpha=12, target_modules=TARGETS, task_type="CAUSAL_LM", **request.param)
     model = get_peft_model(their_model(base), settings)
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
@@ -138,7 +147,8 @@ def test_merge_rounds_once(from_peft, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("use_dora", True), ("use_rslora", True), ("bias", "all"), ("rank_pattern", {"q_proj": 8})]
+    ("key", "value"),
+    [("use_dora", True), ("bias", "all"), ("rank_pattern", {"q_.*": 8}), ("alpha_pattern", {"q_proj": "8"})],
 )
 def test_what_is_not_plain_lora_is_refused(from_peft, key, value):
     base, adapter = from_peft

@@ -15,6 +15,7 @@ from smedjan.graph.op import OPS
 from smedjan.ops import flash, lora, norm, offload, rope  # noqa: F401  (declare what is fused)
 from smedjan.passes.fuse import fuse
 from smedjan.passes.fuse_backward import fuse_backward
+from smedjan.passes.lora import Lora
 from smedjan.runtime.session import Cache, Session
 from tests.backends.cpu_native.fused_cases import WIDE, Float64
 from tests.conftest import make_batch
@@ -40,10 +41,8 @@ class Fusing(Plain):
     exact = False
 
     def fuse(self, graph: Graph) -> Graph:
-        self.seen: set[str] = set()
-        fused = fuse(graph, lambda op: op in FUSED and op in OPS)
-        self.seen |= {node.op.name for node in fused.nodes}
-        return fused
+        self.fused = fuse(graph, lambda op: op in FUSED and op in OPS)
+        return self.fused
 
     def program(self, graph: Graph, pool: Any = None) -> Any:
         return super().program(fuse_backward(graph, lambda op: WIDE.has(_node(op))), pool)
@@ -101,3 +100,21 @@ def test_a_fused_graph_is_the_graph_it_was(family, case, kind):
         if name == "token 0" and seen is not None:
             ours, value = ours[seen != 0], value[seen != 0]
         torch.testing.assert_close(ours, value, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("other", [{}, {"ranks": (("v_proj", 2),)}, {"alphas": (("v_proj", 5.0),)}], ids=str)
+def test_adapters_of_one_rank_and_scale_are_grouped(other):
+    """q, k and v where all are alike, gate and up in any case; the numbers are the same either way."""
+    model = make_model("llama", next(iter(CASES["llama"].values())), attention="eager")
+    session = make_session_of(model, attention="eager")
+    targets = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    session.lora = Lora(rank=3, alpha=6.0, dropout=0.0, targets=targets, **other)
+    generator = torch.Generator().manual_seed(4)
+    shapes = session.lora.shapes({name: tuple(array.shape) for name, array in session.parameters.items()})
+    session.parameters |= {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
+    fusing = Fusing()
+    found, expected = results(wide(session, fusing), "none"), results(wide(session, Plain()), "none")
+    grouped = [node for node in fusing.fused.nodes if node.op.name == "lora_linear_group"]
+    assert {len(node.attrs["adapted"]) for node in grouped} == ({2} if other else {2, 3})
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")

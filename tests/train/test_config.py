@@ -24,8 +24,9 @@ FLAGS = """model data eval-data out method resume dry-run seed backend dtype
 train.steps train.epochs train.batch-size train.grad-accum train.max-length train.packing train.loss-on train.too-long
 train.save-every train.eval-every train.attention train.fp8 train.memory
 optim.name optim.lr optim.weight-decay optim.master optim.clip optim.schedule optim.warmup
-optim.state optim.rounding optim.beta1 optim.beta2 optim.eps
-lora.rank lora.alpha lora.dropout lora.targets lora.last-layers"""
+optim.state optim.rounding optim.cycles optim.beta1 optim.beta2 optim.eps
+lora.rank lora.alpha lora.dropout lora.targets lora.last-layers
+lora.rslora lora.rank-pattern lora.alpha-pattern"""
 
 
 def config(**changes: Any) -> FinetuneConfig:
@@ -153,7 +154,18 @@ BAD = [
     ("optim.beta2", 1.0, "1.0 is out of range", "give a value >= 0 and < 1"),
     ("optim.clip", -1, "-1.0 is out of range", "give a value >= 0"),
     ("optim.warmup", 2.5, "2.5 is neither a share below 1 nor a whole number", "give --optim.warmup 2"),
-    ("optim.schedule", "cosin", "'cosin' is not one of constant, linear, cosine, wsd", "did you mean cosine?"),
+    (
+        "optim.schedule",
+        "cosin",
+        "'cosin' is not one of constant, linear, cosine, cosine_with_restarts, inverse_sqrt, wsd",
+        "did you mean cosine?",
+    ),
+    ("optim.cycles", 2, "2 cycles of the schedule cosine", "give --optim.schedule cosine_with_restarts"),
+    ("lora.rank_pattern", "q_proj", "'q_proj' is not NAME=NUMBER", "give such as q_proj=8"),
+    ("lora.rank_pattern", "q_proj=0", "0 is out of range", "give a value >= 1"),
+    ("lora.rank_pattern", "q_proj=2.5", "'2.5' is not a whole number", "give a whole number"),
+    ("lora.rank_pattern", "q_proj=2,q_proj=3", "q_proj is there twice", "keep one"),
+    ("lora.alpha_pattern", ["q_proj=x"], "'x' is not a number", "give a number"),
     ("optim.name", "sgd", "'sgd' is not one of adamw", "give one of them"),
     ("train.steps", 0, "0 is out of range", "give a value >= 1"),
     ("train.steps", "9" * 5000, "is not a finite number", "give a finite number"),

@@ -97,6 +97,11 @@ def test_an_unknown_target(configure):
     assert "z_proj" in message
 
 
+def test_a_rank_of_an_unknown_target(configure):
+    config = configure(method="lora", lora__targets="q_proj", lora__rank_pattern="v_proj=2")
+    assert "v_proj" in refused(config, "lora.rank_pattern")
+
+
 @pytest.mark.parametrize("bad", ["all masked", "unknown target"])
 def test_a_refused_run_writes_nothing(configure, write_rows, tmp_path, bad):
     rows = write_rows([{"messages": [{"role": "user", "content": "hello"}]}], "bad.jsonl")
