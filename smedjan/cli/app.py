@@ -10,6 +10,7 @@ from cyclopts import App, CycloptsError
 from cyclopts.exceptions import MissingArgumentError, UnknownCommandError, UnknownOptionError
 
 import smedjan
+from smedjan.cli.data import inspect
 from smedjan.cli.doctor_command import doctor
 from smedjan.cli.evaluate import evaluate
 from smedjan.cli.export_gguf import export_gguf
@@ -34,6 +35,7 @@ VERBS: dict[str, Callable[..., Outcome]] = {
     "merge": merge,
     "generate": generate,
     "eval": evaluate,
+    "data inspect": inspect,
     "info": info,
     "graph": graph,
     "report": report,
@@ -48,15 +50,17 @@ app = App(
     result_action="return_value",
     suppress_keyboard_interrupt=False,
 )
+data = App(name="data", help="Look at rows before they are trained on.", help_format="plaintext")
+app.command(data)
 for _name, _function in VERBS.items():
-    app.command(_function, name=_name)
+    (data if _name.startswith("data ") else app).command(_function, name=_name.rpartition(" ")[2])
 
 
 def run(argv: Sequence[str]) -> int:
     """Runs one command and prints its outcome; gives the exit code. A defect of ours escapes with its traceback."""
     flags = argv[: argv.index("--")] if "--" in argv else argv
     in_json = "--json" in flags
-    command = argv[0] if argv and argv[0] in VERBS else ""
+    command = next((verb for verb in (" ".join(argv[:2]), *argv[:1]) if verb in VERBS), "")
     try:
         outcome = app(list(argv), exit_on_error=False, print_error=False)
         if not isinstance(outcome, Outcome):
@@ -86,7 +90,7 @@ def usage_error(problem: CycloptsError, command: str) -> SmedjanError:
         return ConfigError("is no flag", field=name, remedy=f"did you mean {close}?" if close else see)
     if isinstance(problem, UnknownCommandError) and problem.unused_tokens:
         name = problem.unused_tokens[0]
-        close = nearest(name, set(VERBS))
+        close = nearest(name, {word for verb in VERBS for word in verb.split()})
         return ConfigError("is no command", field=name, remedy=f"did you mean {close}?" if close else see)
     if isinstance(problem, MissingArgumentError) and problem.argument is not None:
         return ConfigError("is missing", field=problem.argument.name, remedy=see)
@@ -95,7 +99,10 @@ def usage_error(problem: CycloptsError, command: str) -> SmedjanError:
 
 def known_flags(command: str) -> list[str]:
     """Every flag of a verb as it is typed; positional arguments are not among them."""
-    arguments = app[command].assemble_argument_collection(parse_docstring=False)
+    verb = app
+    for word in command.split():
+        verb = verb[word]
+    arguments = verb.assemble_argument_collection(parse_docstring=False)
     return sorted({name for argument in arguments for name in argument.names if name.startswith("--")})
 
 

@@ -173,6 +173,25 @@ def stops(example: Example, tokenizer: Tokenizer) -> bool:
     return int(example.input_ids[np.flatnonzero(example.labels_mask)[-1]]) in tokenizer.eos_token_ids
 
 
+def check_served(row: Row, tokenizer: Tokenizer, *, now: datetime | None = None) -> None:
+    """Refuses a conversation whose last answer generation would be asked for by another text than training shows: the
+    messages before it, with the generation prompt, must be the beginning of the whole conversation."""
+    turns = [index for index, message in enumerate(row.messages) if message["role"] == "assistant"]
+    if tokenizer.chat_template is None or not turns:
+        return
+    conversation = _Conversation(row, tokenizer, tokenizer.chat_template, now)
+    whole, _ = conversation.render(row.messages[: turns[-1] + 1])
+    asked, _ = conversation.render(row.messages[: turns[-1]], add_generation_prompt=True)
+    if not whole.startswith(asked):
+        at = next(
+            (i for i, (a, b) in enumerate(zip(whole, asked, strict=False)) if a != b), min(len(whole), len(asked))
+        )
+        raise row.source.error(
+            f"generation would send {asked[at : at + 24]!r} where training shows {whole[at : at + 24]!r}",
+            "use a chat template that renders both alike, or give rows of `prompt` + `completion` strings",
+        )
+
+
 def _open(text: str, tokenizer: Tokenizer, row: Row) -> list[int]:
     """A document's beginning: the tokenizer's specials before the text (BOS), none behind it, where it goes on."""
     ids = tokenizer.encode(text, True)
@@ -209,6 +228,12 @@ def _conversation(
     conversation = _Conversation(row, tokenizer, tokenizer.chat_template, now)
     text, marked = conversation.render(row.messages)
     ids, offsets = tokenizer.encode_with_offsets(text, False)
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        raise row.source.error(
+            f"begins with {tokenizer.bos_token} twice: the chat template writes one",
+            f"remove {tokenizer.bos_token} from the first message",
+        )
     if loss_on == "all":
         return ids, [True] * len(ids)
     if marks_generation(tokenizer.chat_template):

@@ -58,6 +58,7 @@ FLAGS = {
         *("--repetition-penalty", "--seed", "--dtype"),
     },
     "eval": {"--data", "--adapter", "--limit"},
+    "data inspect": {"--model", "--split", "--rows", "--max-length", "--loss-on", "--too-long", "--html"},
     "info": set(),
     "graph": {
         *("--plan", "--forward", "--unfold", "--batch-size", "--length", "--dtype", "--attention"),
@@ -85,13 +86,13 @@ def test_finetune_has_every_key_of_its_config() -> None:
 
 @pytest.mark.parametrize("verb", FLAGS)
 def test_help_shows_every_flag_and_one_example_that_parses(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert app.run([verb, "--help"]) == 0
+    assert app.run([*verb.split(), "--help"]) == 0
     shown = capsys.readouterr().out
     assert all(flag in shown for flag in FLAGS[verb] | COMMON)
     examples = re.findall(r"Example: (smedjan .*?)\n\n", shown, re.DOTALL)
     assert len(examples) == 1
     words = examples[0].replace('"The forge is"', "prompt").split()
-    assert words[:2] == ["smedjan", verb]
+    assert words[: 1 + len(verb.split())] == ["smedjan", *verb.split()]
     function, _bound, _ignored = app.app.parse_args(words[1:], exit_on_error=False, print_error=False)
     assert function is app.VERBS[verb]
 
@@ -111,6 +112,10 @@ def test_help_shows_every_flag_and_one_example_that_parses(verb: str, capsys: py
         (["graph", "m", "--interpret"], "interpret: is for Triton's kernels; give --backend cuda_triton too"),
         (["doctor", "--backend", "torch_referense"], "did you mean torch_reference?"),
         (["info", "does/not/exist"], "does/not/exist"),
+        (["data", "inspect", "rows.jsonl"], "--model: is missing; see smedjan data inspect --help"),
+        (["data", "inspct", "rows.jsonl"], "inspct: is no command; did you mean inspect?"),
+        (["data", "inspect", "r.jsonl", "--model", "m", "--rows", "-1"], "rows: is -1; give 0 or more"),
+        (["data", "inspect", "r.jsonl", "--model", "does/not/exist"], "does/not/exist"),
         (["report", "does/not/exist"], "does/not/exist: is no directory"),
     ],
 )

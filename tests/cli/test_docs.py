@@ -50,6 +50,9 @@ def test_quickstart(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     printed = {}
     for words in commands(ROOT / "docs" / "quickstart.md"):
         printed[words[0]] = run(words, folder, capsys, monkeypatch)
+    assert "0 is \u27e6even<end>\u27e7" in printed["data"]
+    assert "64 kept, 0 truncated, 0 dropped" in printed["data"]
+    assert (folder / "rows.html").read_text().startswith("<!doctype html>")
     assert "cases equal to the bit" in printed["parity"]
     assert "OUT OF" not in printed["parity"]
     assert (folder / "run" / "report.html").stat().st_size > 1000
@@ -96,8 +99,16 @@ TRAIN = ["finetune", "--model", "downloaded", "--data", "rows.jsonl", "--train.s
             True,
         ),
         (["families", "--family", "gpt2"], {"rows", "skipped"}, True),
+        (
+            ["data", "inspect", "rows.jsonl", "--model", "downloaded"],
+            {
+                *("rows", "unstopped", "tokens", "trained_tokens", "trained_share", "longest", "lengths"),
+                *("samples", "html"),
+            },
+            False,
+        ),
     ],
-    ids=["info", "graph", "plan", "finetune", "generate", "import", "export", "parity", "families"],
+    ids=["info", "graph", "plan", "finetune", "generate", "import", "export", "parity", "families", "data inspect"],
 )
 def test_json_keys_are_frozen(
     words: list[str],
@@ -110,8 +121,9 @@ def test_json_keys_are_frozen(
     """Keys that scripts rely on: stdout is JSON alone, its last line the result, those before it a step each."""
     lines = run([*words, "--json", "--backend", "torch_reference"], folder, capsys, monkeypatch).splitlines()
     *steps, result = [json.loads(line) for line in lines]
+    command = " ".join(words[:2]) if words[0] == "data" else words[0]
     assert keys <= set(result)
-    assert (result["schema"], result["command"], result["ok"], result["error"]) == (1, words[0], True, None)
+    assert (result["schema"], result["command"], result["ok"], result["error"]) == (1, command, True, None)
     assert (result["backend"], result["exact"]) == (("torch_reference", True) if ran else (None, None))
     assert len(steps) == (2 if "--out" in words else 0)
     assert all(set(step) >= STEP for step in steps)
