@@ -40,6 +40,8 @@ def finetune(
         made = run(wanted, on_step=on_step)
     rows = ", ".join(f"{count} {what}" for what, count in made.rows.items())
     text = f"{made.run_dir}: {made.steps} steps on {made.backend}; rows {rows}; weights {made.weights_sha256[:16]}"
+    if made.unstopped:
+        text += f"\n{made.unstopped} rows train no stop token at their end: see smedjan data inspect"
     return Outcome(fields=vars(made), text=text)
 
 

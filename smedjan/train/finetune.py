@@ -52,11 +52,13 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run left behind. `rows` counts kept, truncated and dropped ones; `trained_share` is of all tokens."""
+    """What a run left behind. `rows` counts kept, truncated and dropped ones; `unstopped` of the kept, uncut ones train
+    no stop token; `trained_share` is of all tokens."""
 
     run_dir: Path
     weights_sha256: str
     rows: dict[str, int]
+    unstopped: int
     trained_share: float
     steps: int
     backend: str
@@ -312,6 +314,7 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
         run_dir=out,
         weights_sha256=sha256_of(weights),
         rows={"kept": counts.kept, "truncated": counts.truncated, "dropped": counts.dropped},
+        unstopped=counts.unstopped,
         trained_share=parts.dataset.trained_tokens / parts.dataset.tokens,
         steps=parts.steps.total,
         backend=parts.backend.name,

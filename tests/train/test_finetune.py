@@ -3,6 +3,9 @@ input": a row longer than the context, an all-masked data set; and a run that di
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 
 import smedjan
@@ -86,6 +89,21 @@ def test_a_row_longer_than_the_context(configure, write_rows):
     assert "2" in str(raised.value), "the row is named"
     run = smedjan.finetune(configure(data=str(write_rows(rows)), train__too_long="drop", train__steps=1))
     assert run.rows == {"kept": 1, "truncated": 0, "dropped": 1}
+
+
+def test_rows_that_train_no_stop_token_are_counted(configure, write_rows, tmp_path):
+    """A template that closes only the user's turn: what the model learns from such a row has no end."""
+    config = configure(data=str(write_rows([{"messages": chat} for chat in CHATS])), train__steps=1)
+    assert smedjan.finetune(config).unstopped == 0
+    model = shutil.copytree(config.model, tmp_path / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'user' %}<eos>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    run = smedjan.finetune(configure("open", model=str(model), data=str(config.data), train__steps=1))
+    assert run.unstopped == run.rows["kept"] == 8
 
 
 def test_max_length_beyond_the_context(configure):
