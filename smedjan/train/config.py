@@ -52,6 +52,7 @@ class TrainConfig(Section):
         default="error", metadata={"help": "what to do with a row longer than max-length"}
     )
     save_every: int = field(default=100, metadata={"ge": 0, "help": "steps between checkpoints; 0: only at the end"})
+    keep: int = field(default=2, metadata={"ge": 1, "help": "the newest checkpoints that stay"})
     eval_every: int = field(default=100, metadata={"ge": 0, "help": "steps between evaluations; 0: only at the end"})
     attention: Literal["sdpa", "eager"] = field(
         default="sdpa", metadata={"help": "which of transformers' two computations the exact backend repeats"}
@@ -272,7 +273,7 @@ class FinetuneConfig(Section):
         decided = self.to_dict()
         for name in ("model", "data", "eval_data", "out", "resume", "dry_run", "backend"):
             del decided[name]
-        for name in ("save_every", "eval_every", "memory"):
+        for name in ("save_every", "keep", "eval_every", "memory"):
             del decided["train"][name]
         if self.method == "full":
             del decided["lora"]

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from smedjan.checkpoint.atomic import write_atomic, write_errors
+from smedjan.checkpoint.atomic import write_atomic
 from smedjan.checkpoint.dtype import to_float32
 from smedjan.checkpoint.raw import RawTensor, specs_of
 from smedjan.checkpoint.run_dir import Checkpoint, load_checkpoint, save_checkpoint, sha256_of
@@ -34,7 +31,9 @@ from smedjan.passes.lora import Lora
 from smedjan.runtime.select import backend as select_backend
 from smedjan.runtime.session import Session
 from smedjan.train import fp8
+from smedjan.train.asked import asked
 from smedjan.train.config import FinetuneConfig
+from smedjan.train.log import Event, RunLog
 from smedjan.train.step import Trainer
 
 PAD_TO = 16
@@ -42,8 +41,6 @@ PAD_TO = 16
 
 FP8 = "train.fp8"
 """The field that asks for `fp8`."""
-
-Event = dict[str, Any]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -251,7 +248,7 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
     if found is not None:
         start, history = _resume(parts, trainer, found, out)
     errors = _fp8_errors(parts, trainer, start)
-    log = _Log(out / "smedjan" / "log.jsonl", start, on_step)
+    log = RunLog(out / "smedjan" / "log.jsonl", start, on_step)
     leg = {"backend": parts.backend.name, "from_step": start, "plan": trainer.update.plan_hash}
     history = [*history, leg]
     name = ADAPTER_WEIGHTS if parts.lora is not None else "model.safetensors"
@@ -267,10 +264,11 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
             optimizer=trainer.optimizer_state(),
             state=parts.state(history),
             weights_name=name,
+            keep=config.train.keep,
         )
 
     eval_loss = None
-    with _patient_interrupt() as interrupted:
+    with asked() as wanted:
         for step in range(start, parts.steps.total):
             batches = parts.steps.batches_for_step(step)
             lr, began = parts.learning_rate(step), time.perf_counter()
@@ -301,9 +299,9 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
                     trainer.session, parts.eval_dataset, batch_size=config.train.batch_size, max_length=parts.max_length
                 )
                 log.write({"step": step + 1, "eval_loss": eval_loss})
-            if last or interrupted() or _due(config.train.save_every, step):
+            if last or wanted.stop or wanted.save_now() or _due(config.train.save_every, step):
                 save(step + 1)
-            if interrupted() and not last:
+            if wanted.stop and not last:
                 raise Interrupted(f"stopped after step {step + 1}; go on with --resume")
     weights = trainer.weights()
     _save_result(parts, weights, out)
@@ -366,49 +364,3 @@ def _write_plan(trainer: Trainer, file: Path, run: Run, errors: fp8.Errors) -> N
     if errors:
         plan["fp8"] = errors
     write_atomic(file, (json.dumps(plan, indent=2) + "\n").encode())
-
-
-class _Log:
-    """`log.jsonl`: one object a line, appended; lines past the step resumed from are dropped first."""
-
-    def __init__(self, path: Path, start: int, on_step: Callable[[Event], None] | None) -> None:
-        with write_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    event = json.loads(line)
-                except ValueError:  # the line that a kill cut short
-                    continue
-                if event.get("step", 0) <= start:
-                    kept.append(line)
-        write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
-        self.path, self.on_step = path, on_step
-
-    def write(self, event: Event) -> None:
-        with write_errors(self.path), self.path.open("a") as file:
-            file.write(json.dumps(event) + "\n")
-        if self.on_step is not None:
-            self.on_step(event)
-
-
-@contextmanager
-def _patient_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl-C only asks to stop after the step; a second one stops at once."""
-    import threading
-
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-
-    def handler(signum: int, frame: Any) -> None:
-        asked.append(signum)
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield lambda: bool(asked)
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -27,7 +27,14 @@ FLAGS = {
     "finetune": {
         *("--config", "--model", "--data", "--eval-data", "--out", "--method", "--resume", "--dry-run", "--seed"),
         *("--dtype", "--train.steps", "--train.epochs", "--train.batch-size", "--train.grad-accum"),
-        *("--train.max-length", "--train.packing", "--train.loss-on", "--train.too-long", "--train.save-every"),
+        *(
+            "--train.max-length",
+            "--train.packing",
+            "--train.loss-on",
+            "--train.too-long",
+            "--train.save-every",
+            "--train.keep",
+        ),
         *(
             "--train.eval-every",
             "--train.attention",

@@ -157,6 +157,33 @@ def test_ctrl_c(configure, read_log, method):
     assert resumed.weights_sha256 == smedjan.finetune(configure("whole", **flags)).weights_sha256
 
 
+def checkpoints(config) -> list[str]:
+    return sorted(path.name for path in (config.out / "checkpoints").iterdir())
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="not on Windows")
+def test_sigusr1_saves_a_checkpoint_and_changes_nothing_else(configure):
+    flags = {"train__steps": 4, "train__save_every": 0, "train__keep": 9}
+    config, whole = configure("asked", **flags), configure("whole", **flags)
+
+    def on_step(event):
+        if event["step"] == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    assert smedjan.finetune(config, on_step=on_step).weights_sha256 == smedjan.finetune(whole).weights_sha256
+    assert checkpoints(config) == ["step-00000002", "step-00000004"]
+    assert checkpoints(whole) == ["step-00000004"]
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_newest_checkpoints_stay(configure, keep):
+    config = configure(train__steps=4, train__save_every=1, train__keep=keep)
+    smedjan.finetune(config)
+    assert checkpoints(config) == [f"step-{step:08}" for step in range(5 - keep, 5)]
+
+
 class Stop(Exception):
     """Raised by a test's `on_step`."""
 

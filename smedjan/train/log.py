@@ -1,0 +1,37 @@
+"""`log.jsonl` of a run: one object a line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from smedjan.checkpoint.atomic import write_atomic, write_errors
+
+Event = dict[str, Any]
+
+
+class RunLog:
+    """Appends; lines past the step resumed from are dropped first."""
+
+    def __init__(self, path: Path, start: int, on_step: Callable[[Event], None] | None) -> None:
+        with write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    event = json.loads(line)
+                except ValueError:  # the line that a kill cut short
+                    continue
+                if event.get("step", 0) <= start:
+                    kept.append(line)
+        write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
+        self.path, self.on_step = path, on_step
+
+    def write(self, event: Event) -> None:
+        with write_errors(self.path), self.path.open("a") as file:
+            file.write(json.dumps(event) + "\n")
+        if self.on_step is not None:
+            self.on_step(event)
