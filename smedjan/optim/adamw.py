@@ -47,6 +47,9 @@ class AdamW:
     8bit       blocks of 256 values under a float32 scale each (`quantize_blocks`; Dettmers et al. 2022). Blocks begin
                with each parameter, so that a checkpoint holds state by name and a bucket may hold parameters in any
                order: a parameter whose size is no multiple of 256, or below `EIGHT_BIT_FROM`, has float32 state
+
+    `rates` are factors of the learning rate for parameters of some names, the first that matches (`named`): LoRA+
+    (Hayou et al. 2024) is (("lora_B", 16.0),).
     """
 
     beta1: float = 0.9
@@ -57,6 +60,7 @@ class AdamW:
     master: bool = False
     state_dtype: str = "same"
     rounding: str = "nearest"
+    rates: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         assert self.state_dtype in STATES, self.state_dtype
@@ -64,6 +68,14 @@ class AdamW:
 
     def has_master(self, dtype: str) -> bool:
         return self.master and dtype in ("bfloat16", "float16")
+
+    def rate(self, name: str) -> float:
+        """The factor of this parameter's learning rate."""
+        return next((factor for part, factor in self.rates if named(name, part)), 1.0)
+
+    def learning_rates(self, lr: float, parameters: Parameters) -> dict[str, float]:
+        """The inputs of the graph that are learning rates: one for each factor that a parameter has."""
+        return {_lr_input(factor): lr * factor for factor in dict.fromkeys(map(self.rate, parameters))}
 
     def stored(self, shape: tuple[int, ...], dtype: str) -> str:
         """Dtype of a parameter's two moments as they are kept: "uint8" are codes."""
@@ -98,15 +110,16 @@ class AdamW:
         return sum(Spec(*kept).nbytes for kept in self.state(parameters).values())
 
     def graph(self, parameters: Parameters, *, exact: bool, buckets: bool = False) -> Graph:
-        """Inputs NAME, grad.NAME, the state, lr, step and, where something is rounded by chance, seed; the parameters
-        and the state back, and the unclipped grad_norm.
+        """Inputs NAME, grad.NAME, the state, `learning_rates`, step and, where something is rounded by chance, seed;
+        the parameters and the state back, and the unclipped grad_norm.
 
         An exact backend multiplies each gradient by the coefficient first, as clip_grad_norm_ does; a fast one folds
         the coefficient into the update. With `buckets`, one `adamw_bucket` has all parameters that are alike.
         """
         assert not (exact and buckets), "a bucket folds the coefficient"
         graph = Graph()
-        lr, step = graph.input("lr", (), "float32"), graph.input("step", (), "int64")
+        rates = {name: graph.input(name, (), "float32") for name in self.learning_rates(1.0, parameters)}
+        step = graph.input("step", (), "int64")
         seed = graph.input("seed", (), "int64") if self.seeded(parameters) else None
         state = {name: graph.input(name, shape, dtype) for name, (shape, dtype) in self.state(parameters).items()}
         grads = {name: graph.input(f"grad.{name}", shape, dtype) for name, (shape, dtype) in parameters.items()}
@@ -117,13 +130,14 @@ class AdamW:
             norm = global_norm(*grads.values())
             coefficient = clip_coefficient(norm, max_norm=self.clip) if self.clip > 0 else None
         graph.output("grad_norm", norm)
-        scalars = (lr, step, seed, coefficient)
+        scalars = (step, seed, coefficient)
         if buckets:
-            self._buckets(graph, parameters, grads, state, scalars)
+            self._buckets(graph, parameters, grads, state, rates, scalars)
         else:
             for site, (name, (shape, dtype)) in enumerate(parameters.items()):
                 held = state[f"master.{name}"] if self.has_master(dtype) else graph.input(name, shape, dtype)
-                self._update(graph, site, name, dtype, held, grads[name], state, scalars, exact=exact)
+                lr = rates[_lr_input(self.rate(name))]
+                self._update(graph, site, name, dtype, held, grads[name], state, (lr, *scalars), exact=exact)
         return graph
 
     @property
@@ -193,12 +207,14 @@ class AdamW:
         parameters: Parameters,
         grads: Mapping[str, Tensor],
         state: Mapping[str, Tensor],
+        rates: Mapping[str, Tensor],
         scalars: tuple[Tensor | None, ...],
     ) -> None:
-        alike: dict[tuple[str, str], list[tuple[int, str]]] = {}
+        alike: dict[tuple[str, str, str], list[tuple[int, str]]] = {}
         for site, (name, (shape, dtype)) in enumerate(parameters.items()):
-            alike.setdefault((dtype, self.stored(shape, dtype)), []).append((site, name))
-        for (dtype, stored), members in alike.items():
+            kind = (dtype, self.stored(shape, dtype), _lr_input(self.rate(name)))
+            alike.setdefault(kind, []).append((site, name))
+        for (dtype, stored, lr), members in alike.items():
             narrow = dtype if self.has_master(dtype) else ""
             eight_bit = stored == "uint8"
             held = {name: graph.input(name, *parameters[name]) for _, name in members}
@@ -209,6 +225,7 @@ class AdamW:
             made = iter(
                 adamw_bucket(
                     *given,
+                    rates[lr],
                     *scalars,
                     sites=tuple(site for site, _ in members),
                     eight_bit=eight_bit,
@@ -220,3 +237,12 @@ class AdamW:
             for each in lists:
                 for name in each:
                     graph.output(name, next(made))
+
+
+def named(parameter: str, part: str) -> bool:
+    """Whether `part` is some of the dotted parts of a parameter's name, whole and in a row: "lora_B", "layers.0"."""
+    return f".{part}." in f".{parameter}."
+
+
+def _lr_input(factor: float) -> str:
+    return "lr" if factor == 1.0 else f"lr.{factor!r}"

@@ -86,6 +86,19 @@ class TrainConfig(Section):
         return self.max_length
 
 
+def _pairs(pattern: tuple[str, ...] | None, name: str, flag: Flag) -> Iterator[tuple[str, Any]]:
+    """(name, value) of each NAME=VALUE of the field `name`; the value is one that the flag could have."""
+    seen = set()
+    for pair in pattern or ():
+        module, _, value = (part.strip() for part in pair.partition("="))
+        if not module or not value:
+            raise ConfigError(f"{pair!r} is not NAME=NUMBER", field=name, remedy="give such as q_proj=8")
+        if module in seen:
+            raise ConfigError(f"{module} is there twice", field=name, remedy="keep one")
+        seen.add(module)
+        yield module, read(value, flag, name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig(Section):
     """The optimizer and its schedule."""
@@ -95,6 +108,10 @@ class OptimConfig(Section):
     name: Literal["adamw"] = field(default="adamw", metadata={"help": "optimizer"})
     lr: float | None = field(
         default=None, metadata={"gt": 0, "help": "peak learning rate (default 5e-4 for lora and qlora, 5e-5 for full)"}
+    )
+    lr_pattern: tuple[str, ...] | None = field(
+        default=None,
+        metadata={"help": "factors of the rate of some parameters: embed_tokens=0.1, or LoRA+, lora_B=16"},
     )
     weight_decay: float = field(default=0.0, metadata={"ge": 0, "help": "decoupled weight decay"})
     master: bool = field(
@@ -126,12 +143,18 @@ class OptimConfig(Section):
                 field="optim.warmup",
                 remedy=f"give --optim.warmup {round(self.warmup)}",
             )
+        _ = self.rates
         if self.cycles > 1 and self.schedule != "cosine_with_restarts":
             raise ConfigError(
                 f"{self.cycles} cycles of the schedule {self.schedule}",
                 field="optim.cycles",
                 remedy="give --optim.schedule cosine_with_restarts",
             )
+
+    @property
+    def rates(self) -> tuple[tuple[str, float], ...]:
+        """(name, factor) of `lr_pattern`."""
+        return tuple(_pairs(self.lr_pattern, "optim.lr_pattern", flags_of(OptimConfig)["lr"]))
 
     def warmup_steps(self, total: int) -> int:
         """Warm-up steps of a run of `total`; a share is rounded up, as transformers does."""
@@ -176,25 +199,12 @@ class LoraConfig(Section):
     @property
     def ranks(self) -> tuple[tuple[str, int], ...]:
         """(name, rank) of `rank_pattern`."""
-        return tuple(_pairs(self.rank_pattern, "rank"))
+        return tuple(_pairs(self.rank_pattern, "lora.rank_pattern", flags_of(LoraConfig)["rank"]))
 
     @property
     def alphas(self) -> tuple[tuple[str, float], ...]:
         """(name, alpha) of `alpha_pattern`."""
-        return tuple(_pairs(self.alpha_pattern, "alpha"))
-
-
-def _pairs(pattern: tuple[str, ...] | None, flag: str) -> Iterator[tuple[str, Any]]:
-    """(name, value) of each NAME=VALUE; the value is one that the flag could have."""
-    name, seen = f"lora.{flag}_pattern", set()
-    for pair in pattern or ():
-        module, _, value = (part.strip() for part in pair.partition("="))
-        if not module or not value:
-            raise ConfigError(f"{pair!r} is not NAME=NUMBER", field=name, remedy="give such as q_proj=8")
-        if module in seen:
-            raise ConfigError(f"{module} is there twice", field=name, remedy="keep one")
-        seen.add(module)
-        yield module, read(value, flags_of(LoraConfig)[flag], name)
+        return tuple(_pairs(self.alpha_pattern, "lora.alpha_pattern", flags_of(LoraConfig)["alpha"]))
 
 
 @dataclass(frozen=True, kw_only=True)

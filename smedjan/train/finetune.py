@@ -25,7 +25,7 @@ from smedjan.hf.load import ModelFiles, open_model, open_session
 from smedjan.hf.peft import WEIGHTS as ADAPTER_WEIGHTS
 from smedjan.hf.peft import initial_adapter, write_adapter
 from smedjan.hf.tokenizer import load_tokenizer
-from smedjan.optim.adamw import AdamW
+from smedjan.optim.adamw import AdamW, named
 from smedjan.optim.schedule import factor
 from smedjan.passes.lora import Lora
 from smedjan.runtime.select import backend as select_backend
@@ -192,7 +192,15 @@ class Finetune:
             master=optim.master,
             state_dtype=optim.state,
             rounding=optim.rounding,
+            rates=optim.rates,
         )
+        for part, _ in optim.rates:
+            if not any(named(name, part) for name in names):
+                raise ConfigError(
+                    f"no trained parameter has {part!r} in its name",
+                    field="optim.lr_pattern",
+                    remedy="give whole parts of names, such as embed_tokens, layers.0 or lora_B",
+                )
         return Trainer(session, names, adamw, seed=config.seed)
 
     def learning_rate(self, step: int) -> float:

@@ -67,7 +67,7 @@ class Trainer:
             **{name: self.session.parameters[name] for name in self.names},  # a master stands in for its own
             **{f"grad.{name}": array for name, array in grads.items()},
             **self.state,
-            "lr": backend.scalar(lr),
+            **{name: backend.scalar(rate) for name, rate in self.optimizer.learning_rates(lr, self.shapes).items()},
             "step": backend.scalar(number),
             **seed,
         }

@@ -42,6 +42,7 @@ FLAGS = {
             "--train.memory",
             "--optim.name",
             "--optim.lr",
+            "--optim.lr-pattern",
             "--optim.weight-decay",
             "--optim.master",
             "--optim.state",

@@ -33,7 +33,7 @@ def torchs(optimizer: AdamW, dtype: torch.dtype, start: Arrays, grads: list[Arra
     """Parameters, moments and the norm of every step after torch's own three steps."""
     leaves = {name: array.to(dtype, copy=True).requires_grad_() for name, array in start.items()}
     peer = torch.optim.AdamW(
-        leaves.values(),
+        [{"params": [leaf], "name": name} for name, leaf in leaves.items()],
         betas=(optimizer.beta1, optimizer.beta2),
         eps=optimizer.eps,
         weight_decay=optimizer.weight_decay,
@@ -46,7 +46,8 @@ def torchs(optimizer: AdamW, dtype: torch.dtype, start: Arrays, grads: list[Arra
             leaf.grad = grad[name].to(dtype, copy=True)
         limit = optimizer.clip if optimizer.clip > 0 else float("inf")
         made[f"norm{step}"] = torch.nn.utils.clip_grad_norm_(leaves.values(), limit, foreach=False)
-        peer.param_groups[0]["lr"] = rate
+        for group in peer.param_groups:
+            group["lr"] = rate * optimizer.rate(group["name"])
         peer.step()
     for name, leaf in leaves.items():
         made[name] = leaf.detach()
@@ -64,7 +65,8 @@ def ours(optimizer: AdamW, on: str, dtype: torch.dtype, start: Arrays, grads: li
     made: Arrays = {}
     for step, (rate, grad) in enumerate(zip(RATES, grads, strict=True)):
         fresh = {f"grad.{name}": array.to(dtype) for name, array in grad.items()}
-        live = program({**live, **fresh, "lr": rate, "step": step + 1})
+        rates = optimizer.learning_rates(rate, {name: (shape, kind) for name, shape in SHAPES.items()})
+        live = program({**live, **fresh, **rates, "step": step + 1})
         made[f"norm{step}"] = live.pop("grad_norm")
     return {**made, **live}
 
@@ -73,6 +75,7 @@ CHOICES = {
     "plain": AdamW(clip=0.0),
     "decay": AdamW(clip=0.0, weight_decay=0.1, beta2=0.95),
     "clip": AdamW(clip=0.5, weight_decay=0.1),
+    "rates": AdamW(clip=0.5, weight_decay=0.1, rates=(("w", 16.0), ("v", 0.1))),
     "clip not reached": AdamW(clip=1e3, eps=1e-6),
 }
 

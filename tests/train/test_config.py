@@ -23,7 +23,7 @@ NEEDED: dict[str, object] = {"model": "m", "data": "d.jsonl", "out": "o"}
 FLAGS = """model data eval-data out method resume dry-run seed backend dtype
 train.steps train.epochs train.batch-size train.grad-accum train.max-length train.packing train.loss-on train.too-long
 train.save-every train.keep train.eval-every train.attention train.fp8 train.memory
-optim.name optim.lr optim.weight-decay optim.master optim.clip optim.schedule optim.warmup
+optim.name optim.lr optim.lr-pattern optim.weight-decay optim.master optim.clip optim.schedule optim.warmup
 optim.state optim.rounding optim.cycles optim.beta1 optim.beta2 optim.eps
 lora.rank lora.alpha lora.dropout lora.targets lora.last-layers
 lora.rslora lora.rank-pattern lora.alpha-pattern"""
@@ -160,6 +160,7 @@ BAD = [
         "'cosin' is not one of constant, linear, cosine, cosine_with_restarts, inverse_sqrt, wsd",
         "did you mean cosine?",
     ),
+    ("optim.lr_pattern", "lora_B=0", "0.0 is out of range", "give a value > 0"),
     ("optim.cycles", 2, "2 cycles of the schedule cosine", "give --optim.schedule cosine_with_restarts"),
     ("lora.rank_pattern", "q_proj", "'q_proj' is not NAME=NUMBER", "give such as q_proj=8"),
     ("lora.rank_pattern", "q_proj=0", "0 is out of range", "give a value >= 1"),

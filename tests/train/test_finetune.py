@@ -115,6 +115,10 @@ def test_an_unknown_target(configure):
     assert "z_proj" in message
 
 
+def test_a_rate_of_an_unknown_parameter(configure):
+    assert "'lora_B'" in refused(configure(method="full", optim__lr_pattern="lora_B=16"), "optim.lr_pattern")
+
+
 def test_a_rank_of_an_unknown_target(configure):
     config = configure(method="lora", lora__targets="q_proj", lora__rank_pattern="v_proj=2")
     assert "v_proj" in refused(config, "lora.rank_pattern")

@@ -8,9 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from weakref import ref
 
 import torch
 from torch import Tensor
+
+from smedjan.errors import BackendError
+
+STACK = "_smedjan_stack"
+"""The attribute of a stacked tensor that leads to all of its stack, without keeping it."""
 
 Allocate = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
 
@@ -47,11 +53,25 @@ def stacked(tensors: Sequence[Tensor], allocate: Allocate) -> Tensor:
     """[O_i, ...] each, equal but for the first dim -> [sum of O_i, ...]"""
     rest = tensors[0].shape[1:]
     assert all(tensor.shape[1:] == rest for tensor in tensors), f"{[list(tensor.shape) for tensor in tensors]}"
+    for tensor in tensors:
+        setattr(tensor, STACK, tuple(map(ref, tensors)))
     return one_behind_another(tensors, allocate).view(-1, *rest)
 
 
 def flat(lists: Sequence[Sequence[Tensor]], allocate: Allocate) -> tuple[Tensor, ...]:
-    """Each list as one flat array, all in one order. What follows in the first list goes on doing so."""
+    """Each list as one flat array, all in one order. What follows in the first list goes on doing so.
+
+    What is stacked belongs into one bucket: apart, each of the two would take it from the other in every step.
+    """
+    for tensors in lists:
+        members = {id(tensor) for tensor in tensors}
+        stacks = (member() for tensor in tensors for member in getattr(tensor, STACK, ()))
+        if any(other is not None and id(other) not in members for other in stacks):
+            raise BackendError(
+                "weights that one product takes together would be updated by two launches",
+                field="optim",
+                remedy="give q, k and v of a layer one learning rate and one kind of state, and so gate and up",
+            )
     order = _order(lists[0])
     return tuple(one_behind_another([tensors[index] for index in order], allocate) for tensors in lists)
 

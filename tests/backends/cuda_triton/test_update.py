@@ -10,6 +10,7 @@ import torch
 from smedjan.backends.cuda_triton import memory
 from smedjan.backends.cuda_triton.program import PlannedProgram, Pool
 from smedjan.backends.cuda_triton.rules import RULES
+from smedjan.errors import BackendError
 from smedjan.graph.program import Program
 from smedjan.ops.optimizer import BLOCK
 from smedjan.optim import adamw
@@ -27,6 +28,7 @@ CHOICES = {
     "stochastic": (AdamW(clip=0.0, rounding="stochastic"), "bfloat16", 1),
     "8 bits": (AdamW(clip=0.0, state_dtype="8bit", master=True), "bfloat16", 2),
     "8 bits, stochastic": (AdamW(clip=0.0, state_dtype="8bit", rounding="stochastic"), "bfloat16", 2),
+    "rates": (AdamW(clip=0.0, rates=(("norm", 0.5), ("q_bias", 0.5))), "float32", 2),
     "clipped": (AdamW(clip=1.0), "float32", 1),
 }
 """Optimizer, dtype of the parameters, buckets. A bucket's order is another where parameters were stacked before, and
@@ -54,6 +56,16 @@ def gradients(dtype: str, device: str, step: int) -> dict[str, torch.Tensor]:
     return {f"grad.{n}": torch.randn(s, generator=generator).to(DTYPES[dtype]).to(device) for n, s in SHAPES.items()}
 
 
+def test_rates_within_a_stack_are_refused(device):
+    """q, k and v are one array to a product: two buckets would take them apart anew in every step."""
+    optimizer = AdamW(clip=0.0, rates=(("k", 16.0),))
+    specs = {name: (shape, "float32") for name, shape in SHAPES.items()}
+    program = PlannedProgram(optimizer.graph(specs, exact=False, buckets=True), Pool(torch.device(device)))
+    given = start(optimizer, "float32", device) | gradients("float32", device, 0)
+    with pytest.raises(BackendError, match=r"one product takes together.*one learning rate"):
+        program({**given, **optimizer.learning_rates(1e-2, specs), "step": 1})
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_planned_update_is_op_by_op_and_settles(device, monkeypatch, choice):
     monkeypatch.setattr(adamw, "EIGHT_BIT_FROM", BLOCK)
@@ -69,7 +81,8 @@ def test_a_planned_update_is_op_by_op_and_settles(device, monkeypatch, choice):
         fresh = gradients(dtype, device, step)
         for name, array in grads.items():  # a micro-batch's program writes where they lie
             array.copy_(fresh[name])
-        scalars: dict[str, Any] = {"lr": 1e-2 / step, "step": step, "seed": SEED}
+        rates = optimizer.learning_rates(1e-2 / step, {n: (s, dtype) for n, s in SHAPES.items()})
+        scalars: dict[str, Any] = {**rates, "step": step, "seed": SEED}
         made, expected = planned({**live, **grads, **scalars}), plain({**other, **fresh, **scalars})
         norm = torch.cat([grad.double().reshape(-1) for grad in fresh.values()]).norm()
         for name, value in expected.items():
