@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from smedjan.cli.output import COMMON, Common, Outcome
+from smedjan.cli.output import COMMON, Common, Outcome, rendered
 from smedjan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -98,7 +97,6 @@ def _lines(found: Inspection, html: Path | None) -> Iterator[str]:
 def _tokens(pieces: tuple[Piece, ...], colours: bool) -> str:
     """Trained tokens green on a terminal, every second one underlined so that each is seen; in a pipe what is trained
     stands between brackets."""
-    from rich.console import Console
     from rich.text import Text
 
     line, within = Text(), False
@@ -110,9 +108,7 @@ def _tokens(pieces: tuple[Piece, ...], colours: bool) -> str:
         line.append(_visible(piece.text), style=style)
     if within and not colours:
         line.append("\u27e7")
-    out = StringIO()
-    Console(file=out, width=10**6, force_terminal=colours, no_color=not colours, highlight=False).print(line)
-    return out.getvalue().rstrip("\n")
+    return rendered(line, width=10**6)
 
 
 def _visible(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -70,7 +71,7 @@ def graph(
     )
     program = programs[0]
     ops = [row for each in programs for row in each.lowerings()]
-    launches = {name: count for each in programs for name, count in each.launches().items()}
+    launches = dict(sum((each.launches() for each in programs), Counter[str]()))
     memory_rows = [row for each in programs for row in each.memory()]
     fields = {
         "backend": backend.name,

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,6 +96,15 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows])
     return "\n".join(line.rstrip() for line in lines)
+
+
+def rendered(made: Any, *, width: int) -> str:
+    """What rich makes of it: coloured on a terminal, plain in a pipe, no line wrapped before `width`."""
+    from rich.console import Console
+
+    out, colours = StringIO(), sys.stdout.isatty()
+    Console(file=out, width=width, force_terminal=colours, no_color=not colours, highlight=False).print(made)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
 def _plain(value: Any) -> Any:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from smedjan.cli.output import COMMON, Common, Outcome
+from smedjan.cli.output import COMMON, Common, Outcome, rendered
 from smedjan.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -84,7 +82,6 @@ def _lines(report: ParityReport, html: Path | None) -> Iterator[str]:
 
 def _table(cases: Sequence[Case]) -> str:
     """Coloured on a terminal, plain in a pipe; a line a case, never wrapped."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -95,10 +92,7 @@ def _table(cases: Sequence[Case]) -> str:
         off = ("", "", "") if case.equal else (f"{case.max_ulp:,}", f"{case.max_abs:.2g}", case.tensor)
         style = "green" if case.equal else "" if case.holds else "red"
         made.add_row(case.name, str(case.seq), Text(_result(case), style=style), *off)
-    out = StringIO()
-    colours = sys.stdout.isatty()
-    Console(file=out, width=240, force_terminal=colours, no_color=not colours, highlight=False).print(made)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+    return rendered(made, width=240)
 
 
 def _result(case: Case) -> str:

@@ -129,6 +129,18 @@ def test_json_keys_are_frozen(
     assert all(set(step) >= STEP for step in steps)
 
 
+def test_launches_of_a_name_in_both_programs_are_added(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from smedjan.train import plan
+
+    once, words = plan.step_of, ["graph", "downloaded", "--length", "16", "--json", "--backend", "cuda_triton"]
+    single = json.loads(run(words, folder, capsys, monkeypatch))["launches"]
+    monkeypatch.setattr(plan, "step_of", lambda *given, **options: [*once(*given, **options)] * 2)
+    double = json.loads(run(words, folder, capsys, monkeypatch))["launches"]
+    assert double == {name: 2 * count for name, count in single.items()}
+
+
 def test_quickstart_toml_is_a_run(folder: Path) -> None:
     from smedjan.train.config import FinetuneConfig
 
