@@ -25,7 +25,7 @@ from torch.nn import functional
 from triton.testing import do_bench
 
 from smedjan.backends.cuda_triton.apply import apply, prepare
-from smedjan.backends.cuda_triton.immediate import node_of
+from smedjan.backends.planned.immediate import node_of
 
 ROWS = 8192
 """Tokens of a step."""

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from smedjan.backends.cuda_triton.elementwise import binary, same_place
 from smedjan.backends.cuda_triton.kernels import activation as kernels
-from smedjan.backends.cuda_triton.launch import Launches
 from smedjan.backends.cuda_triton.layout import walk
 from smedjan.backends.cuda_triton.table import RULES
+from smedjan.backends.planned.launch import Launches
 
 CURVES = {
     "silu": "silu",

@@ -32,8 +32,8 @@ from triton.runtime.jit import create_function_from_signature
 from smedjan.backends.cuda_triton import budgets, roofline, sass
 from smedjan.backends.cuda_triton.budgets import Resources
 from smedjan.backends.cuda_triton.examples import Example, all_examples, explained
-from smedjan.backends.cuda_triton.launch import Launch
 from smedjan.backends.cuda_triton.record import record
+from smedjan.backends.planned.launch import Launch
 from smedjan.errors import BackendError
 
 CAPABILITIES = (80, 90, 100, 120)

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from smedjan.backends.cuda_triton.immediate import node_of, written
-from smedjan.backends.cuda_triton.launch import Launch
 from smedjan.backends.cuda_triton.rules import RULES
-from smedjan.backends.cuda_triton.table import KernelRule
+from smedjan.backends.planned.immediate import node_of, written
+from smedjan.backends.planned.launch import Launch
+from smedjan.backends.planned.table import KernelRule
 
 
 def apply(op_name: str, *ins: Any, **attrs: Any) -> Any:

@@ -14,8 +14,8 @@ from smedjan.backends.cuda_triton import tuned
 from smedjan.backends.cuda_triton.kernels import attention as kernels
 from smedjan.backends.cuda_triton.kernels import attention_bwd as backward
 from smedjan.backends.cuda_triton.kernels import common
-from smedjan.backends.cuda_triton.launch import Launches
 from smedjan.backends.cuda_triton.table import RULES
+from smedjan.backends.planned.launch import Launches
 from smedjan.backends.torch_reference.elementwise import DTYPES, NAMES
 from smedjan.graph.node import Node
 from smedjan.ops import flash  # noqa: F401  (declares the ops)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from smedjan.backends.cuda_triton.kernels import cache as kernels
 from smedjan.backends.cuda_triton.kernels import common
-from smedjan.backends.cuda_triton.launch import Launches
 from smedjan.backends.cuda_triton.table import RULES
+from smedjan.backends.planned.launch import Launches
 
 
 @RULES.kernel("kv_write", label="triton kv_write")

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from smedjan.backends.cuda_triton.fp8 import CAPABILITY, fp8_error
-from smedjan.backends.cuda_triton.pool import Pool
-from smedjan.backends.cuda_triton.program import PlannedProgram
 from smedjan.backends.cuda_triton.rules import RULES
+from smedjan.backends.planned.pool import Pool
+from smedjan.backends.planned.program import PlannedProgram
 from smedjan.backends.torch_reference import TorchBackend
 from smedjan.backends.torch_reference.elementwise import DTYPES
 from smedjan.checkpoint.raw import RawTensor
@@ -79,9 +79,11 @@ class CudaTriton(TorchBackend):
         """Fused once more, and fitted into the memory that there is."""
         pool, graph = pool or self.pool(), fuse_backward(graph, self._has)
         if pool.memory is None:
-            return PlannedProgram(graph, pool)
-        fitted, decisions = fit(graph, budget=pool.memory, peak=lambda graph: PlannedProgram(graph, pool).peak_bytes)
-        program = PlannedProgram(fitted, pool, decisions)
+            return PlannedProgram(graph, RULES, pool)
+        fitted, decisions = fit(
+            graph, budget=pool.memory, peak=lambda graph: PlannedProgram(graph, RULES, pool).peak_bytes
+        )
+        program = PlannedProgram(fitted, RULES, pool, decisions)
         if decisions and program.peak_bytes > pool.memory:
             raise BackendError(
                 f"a step needs {program.peak_bytes / 1e9:.3g} GB, recomputed and offloaded, of {pool.memory / 1e9:.3g}",

@@ -9,8 +9,8 @@ from smedjan.backends.cuda_triton import tuned
 from smedjan.backends.cuda_triton.attention import INSIDE, columns, fits, forward, scalings, shape_class
 from smedjan.backends.cuda_triton.kernels import common
 from smedjan.backends.cuda_triton.kernels import decode as kernels
-from smedjan.backends.cuda_triton.launch import Launches
 from smedjan.backends.cuda_triton.table import RULES
+from smedjan.backends.planned.launch import Launches
 
 FEW = 16
 """New tokens for which the cache is split. More of them, a prompt's, are tiles of queries enough for a GPU."""

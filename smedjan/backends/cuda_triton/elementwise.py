@@ -10,9 +10,9 @@ from torch import Tensor
 
 from smedjan.backends.cuda_triton.kernels import common
 from smedjan.backends.cuda_triton.kernels import elementwise as kernels
-from smedjan.backends.cuda_triton.launch import Launches
 from smedjan.backends.cuda_triton.layout import MAX_SPLITS, Dims, collapse, padded, sum_share, sum_tile, walk
 from smedjan.backends.cuda_triton.table import RULES
+from smedjan.backends.planned.launch import Launches
 from smedjan.graph.node import Node
 
 MAX_POWER = 8
@@ -51,6 +51,9 @@ def copy_to(run: Launches, source: Tensor, out: Tensor) -> None:
         unary(run, source, out, "copy")
 
 
+RULES.copy = copy_to
+
+
 @RULES.kernel("ones", label="triton fill")
 def ones(run: Launches, ins: tuple, outs: tuple, *, dtype: str) -> None:
     (y,) = outs
@@ -62,26 +65,6 @@ def ones(run: Launches, ins: tuple, outs: tuple, *, dtype: str) -> None:
 def copy(run: Launches, ins: tuple, outs: tuple) -> None:
     (x,), (y,) = ins, outs
     copy_to(run, x, y)
-
-
-def _same(y: Tensor, node: Node) -> Tensor:
-    return y
-
-
-def _reshaped(y: Tensor, node: Node) -> Tensor:
-    (x,) = node.inputs
-    assert x is not None
-    return y.view(x.shape)
-
-
-@RULES.view("identity", inverse=_same)
-def identity(x: Tensor) -> Tensor:
-    return x
-
-
-@RULES.view("reshape", inverse=_reshaped)
-def reshape(x: Tensor, *, shape: tuple[int, ...]) -> Tensor:
-    return x.view(shape)
 
 
 def _binary(op_name: str, op: str) -> None:

@@ -7,12 +7,12 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from smedjan.backends.cuda_triton.immediate import node_of
 from smedjan.backends.cuda_triton.kernels import common
 from smedjan.backends.cuda_triton.kernels import fp8 as kernels
-from smedjan.backends.cuda_triton.launch import Launches
-from smedjan.backends.cuda_triton.rows import as_rows
 from smedjan.backends.cuda_triton.table import RULES
+from smedjan.backends.planned.immediate import node_of
+from smedjan.backends.planned.launch import Launches
+from smedjan.backends.planned.rows import as_rows
 from smedjan.graph.node import Node
 from smedjan.ops.fp8 import MULTIPLE
 

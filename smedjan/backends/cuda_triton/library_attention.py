@@ -20,8 +20,8 @@ from torch import Tensor
 
 from smedjan.backends.cuda_triton import tuned
 from smedjan.backends.cuda_triton.attention import INSIDE, shape_class_of
-from smedjan.backends.cuda_triton.launch import Launches
 from smedjan.backends.cuda_triton.table import RULES
+from smedjan.backends.planned.launch import Launches
 from smedjan.graph.lowering import Supports
 from smedjan.graph.node import Node
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from smedjan.backends.cuda_triton.launch import Launches
-from smedjan.backends.cuda_triton.rows import as_rows
 from smedjan.backends.cuda_triton.table import RULES
+from smedjan.backends.planned.launch import Launches
+from smedjan.backends.planned.rows import as_rows
 
 MM, ADDMM = "cublas mm", "cublas addmm"
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from smedjan.backends.cuda_triton.kernels import common
 from smedjan.backends.cuda_triton.kernels import loss as kernels
-from smedjan.backends.cuda_triton.launch import Launches
-from smedjan.backends.cuda_triton.rows import as_rows
 from smedjan.backends.cuda_triton.table import RULES
+from smedjan.backends.planned.launch import Launches
+from smedjan.backends.planned.rows import as_rows
 from smedjan.graph.node import Node
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from smedjan.backends.cuda_triton.kernels import common
 from smedjan.backends.cuda_triton.kernels import layer_norm as layer_kernels
 from smedjan.backends.cuda_triton.kernels import norm as kernels
-from smedjan.backends.cuda_triton.launch import Launches
 from smedjan.backends.cuda_triton.rows import rows_of
 from smedjan.backends.cuda_triton.table import RULES
+from smedjan.backends.planned.launch import Launches
 from smedjan.errors import ShapeError
 from smedjan.graph.node import Node
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from smedjan.backends.cuda_triton.launch import Launches
 from smedjan.backends.cuda_triton.table import RULES
+from smedjan.backends.planned.launch import Launches
 
 
 @RULES.kernel("to_host", label="memcpy to host")

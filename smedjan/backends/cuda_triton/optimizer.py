@@ -15,8 +15,8 @@ from torch import Tensor
 
 from smedjan.backends.cuda_triton.kernels import common
 from smedjan.backends.cuda_triton.kernels import optimizer as kernels
-from smedjan.backends.cuda_triton.launch import Launches
 from smedjan.backends.cuda_triton.table import RULES
+from smedjan.backends.planned.launch import Launches
 from smedjan.ops.optimizer import BLOCK, LISTS, bucket_lists, magnitudes, middles, split_bucket
 
 HALF = 1 << 16

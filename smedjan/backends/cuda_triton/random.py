@@ -7,9 +7,9 @@ import torch
 from smedjan.backends.cuda_triton.elementwise import same_place
 from smedjan.backends.cuda_triton.kernels import common
 from smedjan.backends.cuda_triton.kernels import random as kernels
-from smedjan.backends.cuda_triton.launch import Launches
 from smedjan.backends.cuda_triton.layout import walk
 from smedjan.backends.cuda_triton.table import RULES
+from smedjan.backends.planned.launch import Launches
 
 COUNTERS = 256
 """Counters a program draws, four values each."""

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from smedjan.backends.cuda_triton import tuned
 from smedjan.backends.cuda_triton.examples.example import Example
-from smedjan.backends.cuda_triton.immediate import node_of
-from smedjan.backends.cuda_triton.launch import Launch, Launches
 from smedjan.backends.cuda_triton.rules import RULES
-from smedjan.backends.cuda_triton.table import KernelRule
+from smedjan.backends.planned.immediate import node_of
+from smedjan.backends.planned.launch import Launch, Launches
+from smedjan.backends.planned.table import KernelRule
 from smedjan.backends.torch_reference.elementwise import DTYPES
 from smedjan.graph.node import Node
 

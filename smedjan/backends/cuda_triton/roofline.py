@@ -36,8 +36,8 @@ from triton.runtime import interpreter
 
 from smedjan.backends.cuda_triton.examples import Example, all_examples
 from smedjan.backends.cuda_triton.kernels import common
-from smedjan.backends.cuda_triton.launch import Launch
 from smedjan.backends.cuda_triton.record import record
+from smedjan.backends.planned.launch import Launch
 from smedjan.errors import BackendError
 from smedjan.graph.node import Node
 

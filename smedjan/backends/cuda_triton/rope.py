@@ -18,9 +18,9 @@ from torch import Tensor
 from smedjan.backends.cuda_triton.kernels import common
 from smedjan.backends.cuda_triton.kernels import rope as kernels
 from smedjan.backends.cuda_triton.kernels import rope_tables as table_kernels
-from smedjan.backends.cuda_triton.launch import Launches
 from smedjan.backends.cuda_triton.norm import column_sums
 from smedjan.backends.cuda_triton.table import RULES
+from smedjan.backends.planned.launch import Launches
 from smedjan.backends.torch_reference.rope import inverse_frequencies
 from smedjan.graph.node import Node
 from smedjan.ops.rope import RopeConfig

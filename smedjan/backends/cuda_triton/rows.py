@@ -1,4 +1,4 @@
-"""Arrays as the kernels read them: rows, one stride apart, or of heads that were moved to the front."""
+"""Arrays as the kernels read them: rows of heads that were moved to the front."""
 
 from __future__ import annotations
 
@@ -9,15 +9,6 @@ import torch
 from torch import Tensor
 
 from smedjan.backends.cuda_triton.layout import collapse
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """x [..., D] as a view [rows, D] with contiguous rows, one stride apart. Anything else is a defect of the plan."""
-    assert x.stride(-1) == 1 or x.shape[-1] <= 1, (
-        f"rows are not contiguous: shape {list(x.shape)}, strides {x.stride()}"
-    )
-    # view() cannot infer the row count of an empty tensor.
-    return x.view(prod(x.shape[:-1]), x.shape[-1])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,38 +1,15 @@
-"""Parts of a tensor and moves of heads on Triton: views, and the copies that cannot be one."""
+"""Parts of a tensor and moves of heads on Triton: `planned.views`, and the copies that cannot be one."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from smedjan.backends.cuda_triton.elementwise import copy_to, sum_dims
 from smedjan.backends.cuda_triton.kernels import shape as kernels
-from smedjan.backends.cuda_triton.launch import Launches
 from smedjan.backends.cuda_triton.layout import Walk, collapse, padded
 from smedjan.backends.cuda_triton.table import RULES
-from smedjan.graph.node import Node
+from smedjan.backends.planned.launch import Launches
+from smedjan.backends.planned.views import add_views
 
-
-@RULES.view("slice_last")
-def slice_last(x: Tensor, *, start: int, stop: int) -> Tensor:
-    return x[..., start:stop]
-
-
-@RULES.view("narrow")
-def narrow(x: Tensor, *, dim: int, start: int, size: int) -> Tensor:
-    return x.narrow(dim, start, size)
-
-
-@RULES.view("split")
-def split(x: Tensor, *, sizes: tuple[int, ...], dim: int) -> tuple[Tensor, ...]:
-    return torch.split(x, list(sizes), dim)
-
-
-@RULES.view("contiguous", inverse=lambda y, node: y)
-def contiguous(x: Tensor) -> Tensor:
-    if not x.is_contiguous():
-        raise RuntimeError(f"strides {x.stride()} are not those of {list(x.shape)} in C order")
-    return x
+add_views(RULES)
 
 
 @RULES.kernel("zeros_like", label="memset")
@@ -66,41 +43,6 @@ def slice_last_bwd(run: Launches, ins: tuple, outs: tuple, *, size: int, start: 
     )
     grid, places, constants = whole.launch()
     run.kernel(kernels.pad_last, grid, dy, dx, start, start + dy.shape[-1], *places, **constants)
-
-
-def split_heads_in(x: Tensor, *, heads: int) -> Tensor:
-    """[B, T, H*D] -> [B, H, T, D]"""
-    batch, seq, width = x.shape
-    return x.view(batch, seq, heads, width // heads).transpose(1, 2)
-
-
-def merge_heads_in(x: Tensor) -> Tensor:
-    """[B, H, T, D] -> [B, T, H*D], where memory has the heads inside"""
-    batch, heads, seq, dim = x.shape
-    return x.transpose(1, 2).view(batch, seq, heads * dim)
-
-
-def _split(y: Tensor, node: Node) -> Tensor:
-    """The place [B, H, T, D] of what is merged into y."""
-    (x,) = node.inputs
-    assert x is not None
-    return split_heads_in(y, heads=x.shape[1])
-
-
-def _merged(y: Tensor, node: Node) -> Tensor:
-    """The place [B, T, H*D] of what is split into y, if heads are inside there."""
-    return merge_heads_in(y)
-
-
-for name in ("split_heads", "merge_heads_bwd"):
-    RULES.view(name, inverse=_merged)(split_heads_in)
-for name in ("merge_heads", "split_heads_bwd"):
-    RULES.view(name, inverse=_split)(merge_heads_in)
-
-
-@RULES.view("swap_heads", inverse=lambda y, node: y.transpose(1, 2))
-def swap_heads(x: Tensor) -> Tensor:
-    return x.transpose(1, 2)
 
 
 @RULES.kernel("repeat_kv", label="triton copy", strided=True)

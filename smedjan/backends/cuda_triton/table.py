@@ -1,106 +1,11 @@
-"""This backend's rule table: rules that write launches down, and views, which launch nothing."""
+"""The rule table of this backend, and the libraries that it calls besides its kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from smedjan.backends.planned.table import PlannedRules
 
-from torch import Tensor
+LIBRARIES = ("cublas", "cudnn", "aten attention", "memset", "memcpy")
+"""What may run besides Triton kernels: matrix products, attention where a library's is the best there is, and the
+driver's own fills and copies."""
 
-from smedjan.backends.cuda_triton.immediate import run_now, view_now
-from smedjan.graph.lowering import Rule, RuleTable, Supports
-from smedjan.graph.node import Node
-
-Bind = Callable[..., None]
-"""bind(run: Launches, ins: tuple, outs: tuple, **attrs): an optional input that was not given and a result that nobody
-reads are None."""
-
-Pairs = Callable[[Node], tuple[tuple[int, int], ...]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KernelRule(Rule):
-    """
-    bind     writes the launches down
-    inplace  node -> (output, input) pairs that may be one buffer: every value is read before its place is written
-    donates  node -> (output, input) pairs that are one buffer, which is updated; by default what the op declares
-    order    output -> the dims of that output as memory has them, outermost first; (0, 2, 1, 3) puts the heads of
-             [B, H, T, D] inside
-    strided  the outputs may lie in a wider buffer: any strides, the last 1
-    scalars  host scalars come as they are, for `Launches.host`; otherwise as arrays of the device
-    """
-
-    bind: Bind
-    inplace: Pairs = field(default=lambda node: ())
-    donates: Pairs = field(default=lambda node: ())
-    order: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    strided: bool = False
-    scalars: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ViewRule(Rule):
-    """`view(x, **attrs)` is the result, in x's memory; RuntimeError where strides do not allow it, and the values are
-    copied. `inverse(y, node)`, where there is one, is the input's place for a result that must lie in y: for any y in C
-    order."""
-
-    view: Callable[..., Tensor | tuple[Tensor, ...]]
-    inverse: Callable[[Tensor, Node], Tensor] | None = None
-
-
-def _pairs(given: tuple[tuple[int, int], ...] | Pairs) -> Pairs:
-    return given if callable(given) else lambda node: given
-
-
-class TritonRules(RuleTable):
-    """Rules whose `run` allocates results and launches at once; a planned program uses `bind` and `view`."""
-
-    def kernel(
-        self,
-        op_name: str,
-        *,
-        label: str,
-        supports: Supports | None = None,
-        inplace: tuple[tuple[int, int], ...] | Pairs = (),
-        donates: tuple[tuple[int, int], ...] | Pairs = (),
-        order: dict[int, tuple[int, ...]] | None = None,
-        strided: bool = False,
-        scalars: bool = False,
-    ) -> Callable[[Bind], Bind]:
-        """Decorator of a `bind`. `label` is "triton NAME", or names the library: "cublas mm"."""
-
-        def register(bind: Bind) -> Bind:
-            updated = _pairs(donates or (lambda node: node.op.donated(node)))
-            rule = KernelRule(
-                run=partial(run_now, op_name, bind, updated, scalars),
-                label=label,
-                supports=supports,
-                bind=bind,
-                inplace=_pairs(inplace),
-                donates=updated,
-                order=order or {},
-                strided=strided,
-                scalars=scalars,
-            )
-            self._rules.setdefault(op_name, []).insert(0, rule)
-            return bind
-
-        return register
-
-    def view(
-        self, op_name: str, *, inverse: Callable[[Tensor, Node], Tensor] | None = None
-    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Decorator of a function that gives a view of its input."""
-
-        def register(view: Callable[..., Any]) -> Callable[..., Any]:
-            run = partial(view_now, op_name, view, inverse)
-            rule = ViewRule(run=run, label="view", view=view, inverse=inverse)
-            self._rules.setdefault(op_name, []).insert(0, rule)
-            return view
-
-        return register
-
-
-RULES = TritonRules("cuda_triton")
+RULES = PlannedRules("cuda_triton")

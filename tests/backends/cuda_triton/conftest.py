@@ -63,7 +63,7 @@ class Allocations:
 def allocations(monkeypatch: pytest.MonkeyPatch) -> Iterator[Allocations]:
     """Poisons and guards what the launchers allocate: a value that a kernel forgets to write shows as NaN."""
     made = Allocations()
-    module = importlib.import_module("smedjan.backends.cuda_triton.immediate")
+    module = importlib.import_module("smedjan.backends.planned.immediate")
     monkeypatch.setattr(module, "allocate", made.fresh)
     yield made
     made.check()

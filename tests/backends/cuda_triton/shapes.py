@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smedjan.backends.cuda_triton.immediate import allocate, immediate, node_of
 from smedjan.backends.cuda_triton.rules import RULES
+from smedjan.backends.planned.immediate import allocate, immediate, node_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CORNERS = [(1,), (1, 1), (7,), (64,), (1, 2049), (1025, 1), (3, 1024), (2, 1, 3), (1, 1, 1, 5), (2, 3, 5, 8), (5, 576)]

@@ -13,9 +13,9 @@ from torch import Tensor
 from smedjan.backends.cuda_triton import attention as rules
 from smedjan.backends.cuda_triton import tuned
 from smedjan.backends.cuda_triton.apply import apply
-from smedjan.backends.cuda_triton.immediate import immediate, node_of
 from smedjan.backends.cuda_triton.kernels import attention as kernels
 from smedjan.backends.cuda_triton.kernels import attention_bwd
+from smedjan.backends.planned.immediate import immediate, node_of
 from smedjan.backends.torch_reference import RULES as ATEN
 from smedjan.errors import BackendError
 from smedjan.graph.node import Graph

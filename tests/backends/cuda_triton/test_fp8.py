@@ -13,9 +13,9 @@ from torch import Tensor
 
 from smedjan.backends.cuda_triton import fp8
 from smedjan.backends.cuda_triton.apply import apply, prepare
-from smedjan.backends.cuda_triton.immediate import node_of
 from smedjan.backends.cuda_triton.kernels import fp8 as kernels
 from smedjan.backends.cuda_triton.table import RULES
+from smedjan.backends.planned.immediate import node_of
 from smedjan.backends.torch_reference import RULES as ATEN
 from smedjan.backends.torch_reference.fp8 import fp8_rounded
 from smedjan.graph.grad import grad

@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from smedjan.backends.cuda_triton import immediate, library_attention, tuned
+from smedjan.backends.cuda_triton import library_attention, tuned
 from smedjan.backends.cuda_triton.apply import prepare
-from smedjan.backends.cuda_triton.immediate import node_of
 from smedjan.backends.cuda_triton.table import RULES
+from smedjan.backends.planned import immediate
+from smedjan.backends.planned.immediate import node_of
 from tests.backends.cuda_triton.test_plan import programs
 
 NAMES = {"cudnn": "cudnn attention", "flash": "aten attention flash"}

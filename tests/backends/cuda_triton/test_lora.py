@@ -15,10 +15,10 @@ from torch.nn.functional import linear
 from smedjan.backends.cuda_triton import lora as rules
 from smedjan.backends.cuda_triton import tuned
 from smedjan.backends.cuda_triton.apply import apply
-from smedjan.backends.cuda_triton.immediate import immediate, node_of
 from smedjan.backends.cuda_triton.kernels import lora as kernels
-from smedjan.backends.cuda_triton.launch import Launch, Launches
 from smedjan.backends.cuda_triton.table import RULES
+from smedjan.backends.planned.immediate import immediate, node_of
+from smedjan.backends.planned.launch import Launch, Launches
 from tests.backends.cuda_triton.mutate import fails, mutated
 from tests.tolerances import assert_close
 

@@ -11,11 +11,11 @@ from torch.nn.functional import cross_entropy as torch_cross_entropy
 
 from smedjan.backends.cuda_triton import loss
 from smedjan.backends.cuda_triton.apply import apply
-from smedjan.backends.cuda_triton.immediate import immediate
 from smedjan.backends.cuda_triton.kernels import common
 from smedjan.backends.cuda_triton.kernels import loss as kernels
 from smedjan.backends.cuda_triton.loss import Shaping
 from smedjan.backends.cuda_triton.rules import RULES
+from smedjan.backends.planned.immediate import immediate
 from tests.backends.cpu_native.fused_cases import HEADS
 from tests.backends.cuda_triton.conftest import DEVICE
 from tests.backends.cuda_triton.loss_cases import (

@@ -9,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from smedjan.backends.cuda_triton import loss
 from smedjan.backends.cuda_triton.apply import apply
-from smedjan.backends.cuda_triton.immediate import node_of
 from smedjan.backends.cuda_triton.kernels import common
-from smedjan.backends.cuda_triton.launch import Launch, Launches
 from smedjan.backends.cuda_triton.rules import RULES
+from smedjan.backends.planned.immediate import node_of
+from smedjan.backends.planned.launch import Launch, Launches
 from smedjan.backends.torch_reference.elementwise import DTYPES as DTYPE_OF
 from tests.backends.cuda_triton.loss_cases import BF16, F32, Case
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from smedjan.backends.cuda_triton import norm as rules
 from smedjan.backends.cuda_triton.apply import apply
-from smedjan.backends.cuda_triton.immediate import immediate, node_of
 from smedjan.backends.cuda_triton.kernels import layer_norm as layer_kernels
 from smedjan.backends.cuda_triton.kernels import norm as kernels
 from smedjan.backends.cuda_triton.rules import RULES
+from smedjan.backends.planned.immediate import immediate, node_of
 from tests.backends.cuda_triton.mutate import fails, mutated
 from tests.backends.cuda_triton.run_graph import forward_and_gradients
 from tests.tolerances import assert_close

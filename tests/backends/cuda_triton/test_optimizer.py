@@ -12,13 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smedjan.backends.cuda_triton import memory, optimizer
+from smedjan.backends.cuda_triton import optimizer
 from smedjan.backends.cuda_triton.apply import apply
-from smedjan.backends.cuda_triton.immediate import node_of
 from smedjan.backends.cuda_triton.kernels import common
 from smedjan.backends.cuda_triton.kernels import optimizer as kernels
-from smedjan.backends.cuda_triton.launch import Launches
 from smedjan.backends.cuda_triton.table import RULES
+from smedjan.backends.planned import memory
+from smedjan.backends.planned.immediate import node_of
+from smedjan.backends.planned.launch import Launches
 from smedjan.backends.torch_reference import RULES as ATEN
 from smedjan.backends.torch_reference.optimizer import dequantize_blocks, quantize_blocks, stochastic_round
 from smedjan.graph.program import Program

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from smedjan.backends.cuda_triton.launch import LIBRARIES
+from smedjan.backends.cuda_triton.table import LIBRARIES
 from smedjan.errors import BackendError
 from smedjan.graph.program import Program
 from smedjan.models.registry import ARCHITECTURES, read_config

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from smedjan.backends.cuda_triton import buffers
 from smedjan.backends.cuda_triton.cuda import CudaTriton
-from smedjan.backends.cuda_triton.pool import Pool
-from smedjan.backends.cuda_triton.program import PlannedProgram
 from smedjan.backends.cuda_triton.table import RULES
+from smedjan.backends.planned import buffers
+from smedjan.backends.planned.pool import Pool
+from smedjan.backends.planned.program import PlannedProgram
 from smedjan.graph.program import Program
 from smedjan.optim.adamw import AdamW
 from smedjan.passes.lora import Lora

@@ -13,9 +13,9 @@ from torch import Tensor
 import smedjan.ops.quantized  # noqa: F401  (declares the ops)
 from smedjan.backends.cuda_triton import quantized as rules
 from smedjan.backends.cuda_triton.apply import apply
-from smedjan.backends.cuda_triton.immediate import node_of
 from smedjan.backends.cuda_triton.kernels import quantized as kernels
 from smedjan.backends.cuda_triton.table import RULES
+from smedjan.backends.planned.immediate import node_of
 from smedjan.backends.torch_reference import backend, quantized
 from smedjan.backends.torch_reference.elementwise import DTYPES as TORCH
 from smedjan.checkpoint import nf4

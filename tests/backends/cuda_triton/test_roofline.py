@@ -17,7 +17,7 @@ import triton.language as tl
 from smedjan.backends.cuda_triton import roofline
 from smedjan.backends.cuda_triton.examples import Example, all_examples, explained
 from smedjan.backends.cuda_triton.examples.example import array
-from smedjan.backends.cuda_triton.launch import Launch
+from smedjan.backends.planned.launch import Launch
 from smedjan.errors import BackendError
 
 pytestmark = pytest.mark.skipif(

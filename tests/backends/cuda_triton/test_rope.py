@@ -8,10 +8,10 @@ from torch import Tensor
 
 from smedjan.backends.cuda_triton import rope as rules
 from smedjan.backends.cuda_triton.apply import apply
-from smedjan.backends.cuda_triton.immediate import immediate, node_of
 from smedjan.backends.cuda_triton.kernels import common
 from smedjan.backends.cuda_triton.kernels import rope_tables as table_kernels
 from smedjan.backends.cuda_triton.rules import RULES
+from smedjan.backends.planned.immediate import immediate, node_of
 from smedjan.backends.torch_reference.rope import inverse_frequencies
 from smedjan.backends.torch_reference.rope import rope_tables as exact_tables
 from smedjan.ops.rope import RopeConfig

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smedjan.backends.cuda_triton.launch import LIBRARIES
 from smedjan.backends.cuda_triton.rules import RULES
+from smedjan.backends.cuda_triton.table import LIBRARIES
 from smedjan.errors import BackendError
 from smedjan.graph.node import Graph
 from smedjan.graph.program import Program

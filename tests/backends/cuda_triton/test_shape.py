@@ -11,9 +11,9 @@ from torch import Tensor
 
 from smedjan.backends.cuda_triton import elementwise, shape
 from smedjan.backends.cuda_triton.apply import apply
-from smedjan.backends.cuda_triton.immediate import node_of
 from smedjan.backends.cuda_triton.rules import RULES
-from smedjan.backends.cuda_triton.table import ViewRule
+from smedjan.backends.planned.immediate import node_of
+from smedjan.backends.planned.table import ViewRule
 from smedjan.backends.torch_reference.table import RULES as ATEN
 from smedjan.ops import attention as att
 from smedjan.ops import shape as parts

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from smedjan.backends.cuda_triton import memory
-from smedjan.backends.cuda_triton.program import PlannedProgram, Pool
 from smedjan.backends.cuda_triton.rules import RULES
+from smedjan.backends.planned import memory
+from smedjan.backends.planned.program import PlannedProgram, Pool
 from smedjan.errors import BackendError
 from smedjan.graph.program import Program
 from smedjan.ops.optimizer import BLOCK
@@ -60,7 +60,7 @@ def test_rates_within_a_stack_are_refused(device):
     """q, k and v are one array to a product: two buckets would take them apart anew in every step."""
     optimizer = AdamW(clip=0.0, rates=(("k", 16.0),))
     specs = {name: (shape, "float32") for name, shape in SHAPES.items()}
-    program = PlannedProgram(optimizer.graph(specs, exact=False, buckets=True), Pool(torch.device(device)))
+    program = PlannedProgram(optimizer.graph(specs, exact=False, buckets=True), RULES, Pool(torch.device(device)))
     given = start(optimizer, "float32", device) | gradients("float32", device, 0)
     with pytest.raises(BackendError, match=r"one product takes together.*one learning rate"):
         program({**given, **optimizer.learning_rates(1e-2, specs), "step": 1})
@@ -72,7 +72,7 @@ def test_a_planned_update_is_op_by_op_and_settles(device, monkeypatch, choice):
     optimizer, dtype, buckets = CHOICES[choice]
     graph = optimizer.graph({n: (s, dtype) for n, s in SHAPES.items()}, exact=False, buckets=True)
     pool = Pool(torch.device(device))
-    planned, plain = PlannedProgram(graph, pool), Program(graph, RULES)
+    planned, plain = PlannedProgram(graph, RULES, pool), Program(graph, RULES)
     assert planned.launches() == {"square_sum": 1, "root_of_sum": 1, "adamw": buckets}
     live, other = (start(optimizer, dtype, device) for _ in range(2))
     grads = gradients(dtype, device, 0)

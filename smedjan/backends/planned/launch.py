@@ -1,7 +1,7 @@
 """Launches: what a lowering writes down instead of doing it, so that a step is a fixed list of bound calls.
 
-A rule of this backend gets arrays that exist already, its results among them, and says which kernels and which calls of
-a named library fill them. It allocates nothing and waits for nothing. Run at once (`apply`), on planned buffers
+A rule of a planned backend gets arrays that exist already, its results among them, and says which kernels and which
+calls of a named library fill them. It allocates nothing and waits for nothing. Run at once (`immediate`), on buffers
 (`program`), or on `meta` arrays, which have no memory, to see what would be started: the list is the same.
 """
 
@@ -14,11 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smedjan.backends.cuda_triton import memory
-
-LIBRARIES = ("cublas", "cudnn", "aten attention", "memset", "memcpy")
-"""What may run besides Triton kernels: matrix products, attention where a library's is the best there is, and the
-driver's own fills and copies."""
+from smedjan.backends.planned import memory
 
 Scratch = Callable[[tuple[int, ...], torch.dtype], Tensor]
 """(shape, dtype) -> a buffer for the node at hand alone."""
@@ -46,13 +42,25 @@ class Launch:
         target(*self.args, **self.constants)
 
 
+Value = Callable[[Any], Callable[[], Any]]
+"""A host scalar -> a function that gives it when the list runs."""
+
+
 class Launches:
     """Where rules write down their launches, in order."""
 
-    def __init__(self, device: torch.device, *, scratch: Scratch, host: Host, allocate: memory.Allocate) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        scratch: Scratch,
+        host: Host,
+        allocate: memory.Allocate,
+        value: Value = lambda scalar: lambda: scalar,
+    ) -> None:
         self.device = device
         self.calls: list[Launch] = []
-        self._scratch, self._host, self._allocate = scratch, host, allocate
+        self._scratch, self._host, self._value, self._allocate = scratch, host, value, allocate
 
     def kernel(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         """`kernel[grid](*args, **constants)`. An empty grid starts nothing."""
@@ -63,7 +71,6 @@ class Launches:
 
     def library(self, name: str, function: Callable[..., Any], *args: Any, **keywords: Any) -> None:
         """`function(*args, **keywords)`, which writes into arrays that it is given. `name` begins with a library's."""
-        assert name.startswith(LIBRARIES), f"{name!r} is no library's call"
         self.calls.append(Launch(name=name, function=function, grid=(), args=args, constants=keywords))
 
     def scratch(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -74,6 +81,10 @@ class Launches:
         """function(*scalars) as a float32 vector on the device. Scalars (a learning rate, a step's number) are known to
         the host and change from run to run of one list: they are computed in float64 there and rounded once."""
         return self._host(function, scalars)
+
+    def value(self, scalar: Any) -> Callable[[], Any]:
+        """A host scalar as it is given to the run, for a call that is made on the host."""
+        return self._value(scalar)
 
     def stacked(self, tensors: Sequence[Tensor]) -> Tensor:
         """Whole parameters or gradients [O_i, ...] as one array [sum of O_i, ...] in memory: read or written as one."""

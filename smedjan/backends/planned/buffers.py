@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor as Array
 
-from smedjan.backends.cuda_triton.table import KernelRule, ViewRule
+from smedjan.backends.planned.table import KernelRule, ViewRule
 from smedjan.backends.torch_reference.elementwise import DTYPES
 from smedjan.graph.lowering import Rule
 from smedjan.graph.node import INPUT, Graph, Node

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smedjan.backends.cuda_triton.launch import Launch, Launches
+from smedjan.backends.planned.launch import Launch, Launches
 from smedjan.backends.torch_reference.elementwise import DTYPES, NAMES
 from smedjan.graph.node import Graph, Node
 from smedjan.graph.op import OPS

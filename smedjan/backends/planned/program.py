@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor as Array
 
-from smedjan.backends.cuda_triton import buffers
-from smedjan.backends.cuda_triton.binding import Bound, Held, HostScalar, Unbound
-from smedjan.backends.cuda_triton.buffers import ARENA, HOST, INPUT_STORE, Place
-from smedjan.backends.cuda_triton.elementwise import copy_to
-from smedjan.backends.cuda_triton.launch import Launch, Launches
-from smedjan.backends.cuda_triton.pool import Pool
-from smedjan.backends.cuda_triton.table import RULES, ViewRule
+from smedjan.backends.planned import buffers
+from smedjan.backends.planned.binding import Bound, Held, HostScalar, Unbound
+from smedjan.backends.planned.buffers import ARENA, HOST, INPUT_STORE, Place
+from smedjan.backends.planned.launch import Launch, Launches
+from smedjan.backends.planned.pool import Pool
+from smedjan.backends.planned.table import PlannedRules, ViewRule
 from smedjan.backends.torch_reference.elementwise import DTYPES
 from smedjan.graph.node import Graph, Node
 from smedjan.graph.program import Observer, Program
@@ -45,11 +44,12 @@ class PlannedProgram(Program):
     """`program(inputs) -> outputs`. Outputs are buffers of the pool that the next call overwrites, except for scalars
     and for what no later call is given back (logits), which are copied."""
 
-    def __init__(self, graph: Graph, pool: Pool, decisions: Sequence[Decision] = ()) -> None:
-        super().__init__(graph, RULES)
+    def __init__(self, graph: Graph, rules: PlannedRules, pool: Pool, decisions: Sequence[Decision] = ()) -> None:
+        super().__init__(graph, rules)
+        self._copy = rules.copy
         self.pool, self.decisions = pool, tuple(decisions)
         self._nodes = [call.node for call in self.calls]
-        self._rules: list[Any] = [RULES.lower(node) for node in self._nodes]
+        self._rules: list[Any] = [rules.lower(node) for node in self._nodes]
         self.plan = buffers.plan(graph, self._nodes, self._rules)
         self._held = Held(graph=graph, plan=self.plan, pool=pool)
         self._recorded = self._write_down(Unbound(self._held))
@@ -91,7 +91,7 @@ class PlannedProgram(Program):
         for position, (node, rule) in enumerate(zip(self._nodes, self._rules, strict=True)):
             run = on.launches(position)
             for source, copied in self.plan.copies.get(position, ()):
-                copy_to(run, on.array(source), on.array(copied))
+                self._copy(run, on.array(source), on.array(copied))
             if node.op.name == "concat":
                 self._concat(run, node, on)
             elif not isinstance(rule, ViewRule):
@@ -101,7 +101,7 @@ class PlannedProgram(Program):
             steps.append(Step(node, tuple(run.calls)))
         run = on.launches(len(self._nodes))
         for source, copied in self.plan.copies.get(len(self._nodes), ()):
-            copy_to(run, on.array(source), on.array(copied))
+            self._copy(run, on.array(source), on.array(copied))
         if run.calls:
             steps.append(Step(self._nodes[-1], tuple(run.calls)))
         return steps
@@ -114,7 +114,7 @@ class PlannedProgram(Program):
             size = part.shape[dim]
             if (node, index) not in self.plan.elided:
                 place = Place(whole.store, whole.array.narrow(dim, start, size))
-                copy_to(run, on.array(self.plan.places[part]), on.array(place))
+                self._copy(run, on.array(self.plan.places[part]), on.array(place))
             start += size
 
     # Running.
@@ -170,7 +170,7 @@ class PlannedProgram(Program):
         while bound != self._addresses(fixed):
             # A rule may move arrays that must lie one behind another, of which others hold addresses already.
             bound = self._addresses(fixed)
-            self._held.numbers = []
+            self._held.numbers, self._held.values = [], []
             self._steps = self._write_down(Bound(self._held))
         self._calls = [call for step in self._steps for call in step.calls]
         self._bound = {name: array.data_ptr() for name, array in fixed.items()}
@@ -181,6 +181,8 @@ class PlannedProgram(Program):
 
     def _tell(self, inputs: Mapping[str, Any]) -> None:
         """The host's numbers: a learning rate, a step."""
+        for value in self._held.values:
+            value.value = inputs[value.name]
         for numbers in self._held.numbers:
             values = numbers.function(*(inputs[x.name] if isinstance(x, HostScalar) else x for x in numbers.names))
             numbers.place.copy_(torch.tensor(list(values), dtype=torch.float32), non_blocking=True)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor as Array
 
-from smedjan.backends.cuda_triton.buffers import ARENA, HOST, INPUT_STORE, Buffers, Place, Store
-from smedjan.backends.cuda_triton.launch import Launches
-from smedjan.backends.cuda_triton.pool import Pool
-from smedjan.backends.cuda_triton.table import KernelRule
+from smedjan.backends.planned.buffers import ARENA, HOST, INPUT_STORE, Buffers, Place, Store
+from smedjan.backends.planned.launch import Launches
+from smedjan.backends.planned.pool import Pool
+from smedjan.backends.planned.table import KernelRule
 from smedjan.graph.node import Graph
 from smedjan.graph.tensor import Tensor
 
@@ -34,6 +34,17 @@ class HostScalar:
     name: str
 
 
+@dataclass(slots=True)
+class HostValue:
+    """The scalar input of this name, as the current run was given it."""
+
+    name: str
+    value: Any = None
+
+    def __call__(self) -> Any:
+        return self.value
+
+
 @dataclass(kw_only=True)
 class Held:
     """A program's places, and the memory that it has for them: `arrays` of its inputs, `results` of its outputs, the
@@ -47,6 +58,7 @@ class Held:
     results: dict[str, Array] = field(default_factory=dict)
     arena: Array | None = None
     numbers: list[HostNumbers] = field(default_factory=list)
+    values: list[HostValue] = field(default_factory=list)
     number_places: list[Array] = field(default_factory=list)
     host_buffers: dict[Store, Array] = field(default_factory=dict)
 
@@ -66,7 +78,10 @@ class Unbound:
         def host(function: Callable[..., Sequence[float]], scalars: Sequence[Any]) -> Array:
             return torch.empty(_count(function, scalars), dtype=torch.float32, device="meta")
 
-        return Launches(torch.device("meta"), scratch=scratch, host=host, allocate=_without_memory)
+        return Launches(torch.device("meta"), scratch=scratch, host=host, value=self._value, allocate=_without_memory)
+
+    def _value(self, scalar: Any) -> Callable[[], Any]:
+        return HostValue(scalar.name) if isinstance(scalar, HostScalar) else lambda: scalar
 
     def array(self, place: Place) -> Array:
         return place.array
@@ -110,7 +125,13 @@ class Bound(Unbound):
             held.numbers.append(HostNumbers(function, tuple(scalars), place))
             return place
 
-        return Launches(held.pool.device, scratch=scratch, host=host, allocate=held.pool.allocate)
+        return Launches(held.pool.device, scratch=scratch, host=host, value=self._value, allocate=held.pool.allocate)
+
+    def _value(self, scalar: Any) -> Callable[[], Any]:
+        value = super()._value(scalar)
+        if isinstance(value, HostValue):
+            self.held.values.append(value)
+        return value
 
     def _base(self, store: Store) -> Array:
         held = self.held
