@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,14 @@ mx.eval(mx.ones(1) + 1)
 print(json.dumps({"metal": mx.metal.is_available()}))
 """
 
+# The file by its path, since its package imports torch.
+_NATIVE = Path(__file__).parents[1] / "backends" / "cpu_native" / "native" / "build.py"
+_NATIVE_PROBE = f"""
+import json, runpy
+made = runpy.run_path({str(_NATIVE)!r})["compile_kernels"]()
+print(json.dumps({{"built": made.library is not None, "reason": made.reason, "detail": made.detail.strip()[:200]}}))
+"""
+
 Report = dict[str, object]
 Probe = Callable[[str], tuple[Report | None, str]]
 
@@ -91,7 +100,7 @@ def diagnose_with(probe: Probe) -> list[BackendStatus]:
         problem = (f"torch does not import: {failure}", f"reinstall it: {TORCH.install} --force-reinstall")
     return [
         _torch_reference(problem),
-        _cpu_native(problem),
+        _cpu_native(problem, probe),
         _cuda_triton(problem, torch or {}),
         _mlx_metal(probe),
     ]
@@ -143,12 +152,24 @@ def _torch_reference(problem: tuple[str, str] | None) -> BackendStatus:
     )
 
 
-def _cpu_native(problem: tuple[str, str] | None) -> BackendStatus:
+def _cpu_native(problem: tuple[str, str] | None, probe: Probe) -> BackendStatus:
     name = "cpu_native"
     if problem:
         return BackendStatus(name=name, usable=False, reason=problem[0], remedy=problem[1])
-    reason = f"torch {installed('torch')}, {_cores()} cores"
-    return BackendStatus(name=name, usable=True, reason=reason, remedy=None)
+    kernels, remedy = _native(probe)
+    reason = f"torch {installed('torch')}, {_cores()} cores, {kernels}"
+    return BackendStatus(name=name, usable=True, reason=reason, remedy=remedy)
+
+
+def _native(probe: Probe) -> tuple[str, str | None]:
+    """What compiled the kernels of cpu_native, and what to do where nothing did. Compiles them if need be."""
+    made, failure = probe(_NATIVE_PROBE)
+    if made is None:
+        return f"no compiled kernels: {failure}", None
+    if made["built"]:
+        return f"kernels compiled by {made['reason']}", None
+    remedy = str(made["detail"]) or "for faster ones install a C compiler (apt install gcc, xcode-select --install)"
+    return f"no compiled kernels: {made['reason']}", " ".join(remedy.split())
 
 
 def _cuda_triton(problem: tuple[str, str] | None, torch: Report) -> BackendStatus:

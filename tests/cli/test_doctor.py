@@ -13,6 +13,7 @@ from smedjan.cli.doctor import BackendStatus, diagnose_with
 
 CPU_ONLY = {"gpu": "", "capability": [], "built_for": ""}
 HOPPER = {"gpu": "NVIDIA H100", "capability": [9, 0], "built_for": "12.8"}
+COMPILED = {"built": True, "reason": "/usr/bin/cc", "detail": ""}
 PINNED = {"torch": "2.13.0", "transformers": "5.23.0", "triton": "3.9.0", "mlx": "0.32.4"}
 
 
@@ -21,11 +22,12 @@ def statuses(
     versions: dict[str, str],
     torch: dict[str, object] | str = CPU_ONLY,
     mlx: dict[str, object] | str = "no mlx here",
+    native: dict[str, object] | str = COMPILED,
 ) -> dict[str, BackendStatus]:
     """What `diagnose` finds where these versions are installed and the probes answer so (a text: they fail with it)."""
 
     def probe(code: str) -> tuple[dict[str, object] | None, str]:
-        answer = torch if "torch" in code else mlx
+        answer = native if "compile_kernels" in code else torch if "torch" in code else mlx
         return (None, answer) if isinstance(answer, str) else (answer, "")
 
     monkeypatch.setattr(doctor, "installed", versions.get)
@@ -100,9 +102,32 @@ def test_triton_depends_on_the_gpu(
 def test_tritons_interpreter_needs_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     statuses(monkeypatch, PINNED)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    found = {status.name: status for status in diagnose_with(lambda code: ({**CPU_ONLY, "metal": False}, ""))}
+    found = {
+        status.name: status for status in diagnose_with(lambda code: ({**CPU_ONLY, **COMPILED, "metal": False}, ""))
+    }
     assert found["cuda_triton"].usable
     assert "interpreter" in found["cuda_triton"].reason
+
+
+@pytest.mark.parametrize(
+    ("native", "said", "remedy"),
+    [
+        (COMPILED, "kernels compiled by /usr/bin/cc", None),
+        ({"built": False, "reason": "no compiler", "detail": ""}, "no compiled kernels: no compiler", "install a C"),
+        (
+            {"built": False, "reason": "the compiler fails", "detail": "a.c:1:\n error"},
+            "the compiler fails",
+            "a.c:1: err",
+        ),
+    ],
+)
+def test_cpu_native_says_what_compiled_its_kernels(
+    monkeypatch: pytest.MonkeyPatch, native: dict[str, object], said: str, remedy: str | None
+) -> None:
+    found = statuses(monkeypatch, PINNED, native=native)["cpu_native"]
+    assert found.usable
+    assert said in found.reason
+    assert (found.remedy is None) if remedy is None else (remedy in (found.remedy or ""))
 
 
 def test_a_broken_library_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
