@@ -46,7 +46,8 @@ def sha256_of(tensors: Mapping[str, RawTensor]) -> str:
     digest = sha256()
     for name, spec in sorted(specs_of(tensors).items()):
         digest.update(json.dumps([name, spec.dtype, list(spec.shape)]).encode() + b"\n")
-        digest.update(tensors[name].data)
+        for part in tensors[name].parts():
+            digest.update(part.data)
     return digest.hexdigest()
 
 

@@ -89,6 +89,7 @@ def open_session(
         if name in narrow:
             made = {f"{name}.{suffix}": part for suffix, part in nf4.quantize(made[name]).items()}
         parameters.update({key: backend.from_raw(raw) for key, raw in made.items()})
+        tensor.drop_pages()  # the backend has its own copy
     lora = None
     if adapter is not None:
         lora, tensors = read_adapter(adapter)

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from smedjan.backends.cpu_native.table import RULES
+from smedjan.backends.cpu_native.linear import product
+from smedjan.backends.cpu_native.native.team import call, step
+from smedjan.backends.cpu_native.table import DTYPES, PLANNED, RULES, compiled
+from smedjan.backends.planned.launch import Launches
+from smedjan.backends.planned.rows import as_rows
+from smedjan.graph.node import Node
 
 CHUNK_ROWS = 256
 """Rows of logits held at once: 50 MB in float32 for a vocabulary of 49,152."""
@@ -45,3 +51,68 @@ def linear_cross_entropy(x, weight, labels, num_items, *, grads, scaling, diviso
             dweight.addmm_(dlogits.t(), part.float())
     dx = dx.reshape(x.shape) if "x" in grads else dx
     return total / num_items, dx, weight.new_empty((0,)) if dweight is None else dweight.to(weight.dtype)
+
+
+# Of plans: a chunk of logits becomes its gradient where it lies. Formulas in native/src/loss_rows.c.
+
+
+def _rising(node: Node) -> bool:
+    """A gain above zero: the largest logit is the largest z."""
+    return node.attrs["scaling"] / node.attrs["divisor"] > 0.0 and compiled(node)
+
+
+@PLANNED.kernel("linear_cross_entropy", label="native cross_entropy + aten mm", supports=_rising)
+def planned_cross_entropy(
+    run: Launches,
+    ins: tuple,
+    outs: tuple,
+    *,
+    grads: str,
+    scaling: float,
+    divisor: float,
+    cap: float,
+    z_loss: float,
+) -> None:
+    x, weight, labels, num_items = ins
+    loss, dx, dweight = outs
+    dx, dweight = dx if "x" in grads else None, dweight if "w" in grads else None
+    rows, count, vocab = as_rows(x), labels.shape[0], weight.shape[0]
+    logits = run.scratch((min(count, CHUNK_ROWS), vocab), x.dtype)
+    losses = run.scratch((max(count, 1),), torch.float32)
+    total = dweight
+    if dweight is not None and dweight.dtype != torch.float32 and count > CHUNK_ROWS:
+        total = run.scratch(tuple(weight.shape), torch.float32)  # the sum over chunks is rounded once
+    for start in range(0, count, CHUNK_ROWS):
+        part = slice(start, min(start + CHUNK_ROWS, count))
+        made = logits[: part.stop - start]
+        product(run, rows[part], weight.t(), made)
+        entropy = step(
+            f"cross_entropy_{DTYPES[x.dtype]}",
+            (made, labels[part], num_items, losses[part]),
+            (*made.shape, made.stride(0), int(bool(grads))),
+            (scaling / divisor, cap, z_loss),
+        )
+        call(run, "cross_entropy", entropy)
+        if dx is not None:
+            product(run, made, weight, as_rows(dx)[part])
+        if total is not None:
+            run.library("aten mm", _outer, total, made, rows[part], start > 0)
+    if total is not dweight:
+        run.library("aten copy", Tensor.copy_, dweight, total)
+    if loss is not None:
+        run.library("aten sum", _mean, losses[:count], num_items, loss)
+
+
+def _outer(total: Tensor, dlogits: Tensor, x: Tensor, add: bool) -> None:
+    """total (+)= dlogits^T x, in total's dtype"""
+    a, b = dlogits.t(), x
+    if a.dtype != total.dtype:
+        a, b = a.to(total.dtype), b.to(total.dtype)
+    if add:
+        total.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=total)
+
+
+def _mean(losses: Tensor, num_items: Tensor, loss: Tensor) -> None:
+    loss.copy_(losses.sum() / num_items)

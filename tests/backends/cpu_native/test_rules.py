@@ -5,10 +5,38 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smedjan.backends.cpu_native import RULES, loss
-from tests.backends.cpu_native.fused_cases import CASES, HEADS, LORA, _loss
+from smedjan.backends.cpu_native import PLANNED, RULES, loss, native
+from tests.backends.cpu_native.fused_cases import CASES, GROUPS, HEADS, LORA, _loss
 
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES | GROUPS)
+def test_planned_op(name, dtype):
+    """A plan's rules, compiled kernels among them."""
+    assert native.available(), "these tests want a compiler"
+    op, case = (CASES | GROUPS)[name]
+    case.check(PLANNED, op, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [name for name in HEADS if "z-loss" in name])
+def test_planned_head(name, dtype):
+    HEADS[name][1].check(PLANNED, "linear_cross_entropy", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LORA)
+def test_planned_lora_linear(name, dtype):
+    LORA[name].check(PLANNED, "lora_linear", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grads", ["", "x", "w", "xw"])
+def test_planned_cross_entropy_by_chunks(grads, dtype, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_ROWS", 4)
+    _loss(grads, rows=11).check(PLANNED, "linear_cross_entropy", dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
