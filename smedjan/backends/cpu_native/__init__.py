@@ -5,6 +5,8 @@ Held to bounds against `torch_reference`; what has no rule here runs as its deco
 
 from __future__ import annotations
 
+from typing import Any
+
 from smedjan.backends.cpu_native import (  # noqa: F401  (each fills RULES)
     activation,
     attention,
@@ -14,14 +16,23 @@ from smedjan.backends.cpu_native import (  # noqa: F401  (each fills RULES)
     norm,
     rope,
 )
+from smedjan.backends.cpu_native.native import rules as native_rules
 from smedjan.backends.cpu_native.table import RULES
 from smedjan.backends.torch_reference import TorchBackend
+from smedjan.graph.node import Graph
+from smedjan.graph.program import Program
 
 
 class CpuNative(TorchBackend):
     name = "cpu_native"
     exact = False
     rules = RULES
+
+    def fuse(self, graph: Graph) -> Graph:
+        return native_rules.fused(graph)
+
+    def program(self, graph: Graph, pool: Any = None) -> Program:
+        return native_rules.program(graph) or Program(graph, self.rules)
 
 
 def backend() -> CpuNative:
