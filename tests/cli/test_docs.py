@@ -77,7 +77,7 @@ TRAIN = ["finetune", "--model", "downloaded", "--data", "rows.jsonl", "--train.s
         ([*TRAIN, "--out", "json-run"], {"run_dir", "weights_sha256", "rows", "trained_share"}, True),
         (
             ["generate", "downloaded", "7 is ", "--max-new-tokens", "2"],
-            {"token_ids", "text", "finish_reason", "prompt_tokens", "tokens_per_s"},
+            {"token_ids", "text", "finish_reason", "prompt_tokens", "tokens_per_s", "quantization"},
             True,
         ),
         (

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from smedjan.backends.cpu_native import (  # noqa: F401  (each fills RULES)
     activation,
     attention,
@@ -17,8 +19,10 @@ from smedjan.backends.cpu_native import (  # noqa: F401  (each fills RULES)
     rope,
 )
 from smedjan.backends.cpu_native.native import rules as native_rules
+from smedjan.backends.cpu_native.native.memory import Chunks
 from smedjan.backends.cpu_native.table import RULES
 from smedjan.backends.torch_reference import TorchBackend
+from smedjan.checkpoint.raw import RawTensor
 from smedjan.graph.node import Graph
 from smedjan.graph.program import Program
 
@@ -27,6 +31,13 @@ class CpuNative(TorchBackend):
     name = "cpu_native"
     exact = False
     rules = RULES
+
+    def __init__(self) -> None:
+        self._chunks = Chunks()
+
+    def from_raw(self, raw: RawTensor) -> torch.Tensor:
+        made = self._chunks.array(raw)
+        return super().from_raw(raw) if made is None else made
 
     def fuse(self, graph: Graph) -> Graph:
         return native_rules.fused(graph)

@@ -27,7 +27,7 @@ SWITCH = "SMEDJAN_NATIVE"
 # Sums may be reordered, as every vectorised sum is; NaN and infinity keep their meaning.
 FLAGS = (
     *("-std=c11", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math"),
-    *("-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast", "-Wall"),
+    *("-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast", "-Wall", "-Wno-psabi"),
 )
 TARGETS = (("-march=native",), ("-mcpu=native",), ())
 """How compilers are told to use all of this CPU; the first that one takes."""

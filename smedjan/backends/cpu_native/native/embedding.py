@@ -19,3 +19,11 @@ def embedding(tape, ins, outs, *, padding_idx):
 def take_rows(tape, ins, outs):
     x, rows = ins
     _gather(tape, x, rows, outs[0])
+
+
+@RULES.native(
+    "int8_embedding", kernel="int8 gather", supports=lambda node: node.attrs["dtype"] in ("float32", "bfloat16")
+)
+def int8_embedding(tape, ins, outs, *, dtype):
+    ids, codes, scale = ins
+    tape.add(f"int8_gather_{dtype}", (codes, scale, ids, *outs), (ids.numel(), codes.shape[1]))

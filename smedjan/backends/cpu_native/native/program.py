@@ -40,7 +40,7 @@ class NativeProgram(Program):
 
     def __init__(self, graph: Graph, rules: RuleTable) -> None:
         super().__init__(graph, rules)
-        self._rules = [rules.lower(call.node) for call in self.calls]
+        self._rules = [rules.find(call.node) for call in self.calls]
         kernels = {
             call.node for call, rule in zip(self.calls, self._rules, strict=True) if isinstance(rule, NativeRule)
         }

@@ -6,14 +6,23 @@ logits in Euclidean norms: rms(e_ours) <= 2 rms(e_transformers) + 2 u, as tests/
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+import smedjan.api
 from smedjan.backends.cpu_native import native
+from smedjan.backends.torch_reference import RULES as ATEN
+from smedjan.checkpoint import int8
 from smedjan.checkpoint.dtype import to_float32
+from smedjan.errors import ConfigError
 from smedjan.generate import generate
 from smedjan.graph.program import Program
+from smedjan.runtime.select import backend
 from smedjan.runtime.session import Cache, Session
 from tests.conftest import make_peer
 from tests.families import ALL, CASES, make_model, make_session_of
@@ -126,3 +135,70 @@ def test_without_a_compiler_aten_runs_and_the_plan_says_so(monkeypatch: pytest.M
     assert by_op["linear"] == "aten, no compiler"
     assert by_op["rms_norm"] == "cpu_native fused rms_norm, no compiler"
     assert type(decode_program(session)) is Program
+
+
+def in_eight_bits(session: Session) -> tuple[Session, Session]:
+    """The session with 8-bit weights, and one in float with the values that those stand for."""
+    backend, names = session.backend, session.config.eight_bit_weights()
+    codes, values = dict(session.parameters), dict(session.parameters)
+    for name in names:
+        parts, *_ = int8.quantize(backend.to_raw(codes.pop(name)))
+        codes.update({f"{name}.{suffix}": backend.from_raw(raw) for suffix, raw in parts.items()})
+        values[name] = torch.from_numpy(int8.dequantize(parts)).to(values[name].dtype)
+    return replace(session, parameters=codes, int8=names), replace(session, parameters=values)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("on", ["cpu_native", "torch_reference"])
+def test_eight_bit_logits_are_those_of_the_weights_that_the_codes_stand_for(on: str, tied: bool) -> None:
+    """As near the truth, transformers' model of those weights in float64, as transformers is in float32."""
+    model = make_peer(num_key_value_heads=2, eos_token_id=None, tie_word_embeddings=tied).eval()
+    session, valued = in_eight_bits(make_session_of(model, on=on))
+    found = steps(session)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(valued.parameters[name])
+    plain = peers(model)
+    truth = peers(model.double())
+    assert rms(found, truth) <= 2 * rms(plain, truth) + 2 * UNIT_ROUNDOFF[torch.float32]
+    if on == "cpu_native":
+        labels = {row["op"]: row["lowering"] for row in decode_program(session).lowerings()}
+        assert labels["int8_linear"] == "native int8 matvec"
+        assert labels["int8_embedding" if tied else "embedding"] == ("native int8 gather" if tied else "native gather")
+        assert "linear" not in labels
+
+
+def test_a_head_in_eight_bits_is_off_by_no_more_than_its_scales_allow() -> None:
+    """|y - y'| <= sum |x| scale / 2 of each logit, and what float32 rounds."""
+    h, w = torch.randn(64, dtype=torch.float64), torch.randn(97, 64)
+    parts, squares, missed = int8.quantize(backend("cpu_native").to_raw(w))
+    values = torch.from_numpy(int8.dequantize(parts)).double()
+    scale = torch.from_numpy(to_float32(parts["scale"])).double()
+    off = ((values - w.double()) @ h).abs()
+    assert (off <= h.abs().sum() * scale / 2 * (1 + 2**-20)).all()
+    assert off.max() > 0
+    exact = ((values - w.double()).norm() / w.double().norm()).item()
+    assert (missed / squares) ** 0.5 == pytest.approx(exact, rel=1e-4)
+
+
+def test_codes_are_the_ops() -> None:
+    """The stored form and `int8_quantize` are equal to the bit; a row of zeros is zeros."""
+    w = torch.randn(33, 70)
+    w[4] = 0
+    w[5, 3] = 2.0**-140
+    parts, *_ = int8.quantize(backend("torch_reference").to_raw(w))
+    codes, scale = ATEN._rules["int8_quantize"][0].run(w)
+    assert bytes(parts["int8"].data) == codes.numpy().tobytes()
+    assert bytes(parts["scale"].data) == scale.numpy().tobytes()
+
+
+def test_eight_bits_are_for_inference_alone(tmp_path: Path) -> None:
+    session, _ = in_eight_bits(llama())
+    model = smedjan.api.Model(SimpleNamespace(data={}, path=tmp_path), session)
+    with pytest.raises(ConfigError, match="8-bit weights have no gradients"):
+        model.loss_and_grads({"input_ids": [IDS], "labels": [IDS]})
+    with pytest.raises(ConfigError, match="the model is in 8 bits"):
+        model.save(tmp_path / "out")
+    assert {name: tuple(array.shape) for name, array in session.parameters.items()} == {
+        name: shape for name, (shape, _) in session.specs().items()
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from smedjan.ops.flash import cached_attention
 from smedjan.ops.glu import glu
 from smedjan.ops.linear import linear, linear_group
 from smedjan.ops.norm import add_rms_norm, rms_norm
-from smedjan.ops.quantized import int8_linear
+from smedjan.ops.quantized import int8_embedding, int8_linear
 from smedjan.ops.rope import RopeConfig, qk_norm_rope, rope_tables
 from tests.backends.cpu_native.fused_cases import Case, normal
 
@@ -135,6 +136,11 @@ def _cases() -> dict[str, tuple[str, Case]]:
     made["scale"] = ("scale", Case(lambda x: scale(x, factor=0.3), {"x": normal(1, 1, 33)}))
     ids = torch.tensor([[3]])
     made["embedding"] = ("embedding", Case(lambda w, ids: embedding(ids, w), {"w": normal(5, 33), "ids": ids}))
+    _, eight = _int8(33, 7)
+    arrays = {"ids": torch.tensor([[6]]), "codes": eight.arrays["codes"], "scale": eight.arrays["scale"]}
+    for dtype in ("float32", "bfloat16"):
+        build = partial(int8_embedding, dtype=dtype)
+        made[f"int8_embedding {dtype}"] = ("int8_embedding", Case(build, arrays, kept=("scale",)))
     rows = torch.tensor([4, 0, 3])
     made["take_rows"] = ("take_rows", Case(take_rows, {"x": normal(5, 2000), "rows": rows}))
     return made

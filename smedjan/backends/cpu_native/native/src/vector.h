@@ -13,7 +13,7 @@
 #define ALWAYS static inline __attribute__((always_inline))
 
 #ifndef SMEDJAN_PORTABLE
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 typedef float vf __attribute__((vector_size(64)));
@@ -24,6 +24,35 @@ typedef int8_t vi8 __attribute__((vector_size(16)));
 
 ALWAYS vf splat(float x) { return (vf){} + x; }
 ALWAYS vf load_float32(const float *p) { vf v; memcpy(&v, p, 64); return v; }
+/* gcc 12 takes __builtin_convertvector of bytes apart element by element: x86 has its own words for it. */
+#if defined(__AVX512F__)
+ALWAYS vf load_bfloat16(const bf16 *p)
+{
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+}
+ALWAYS vf load_int8(const int8_t *p)
+{
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+#elif defined(__AVX2__)
+typedef union { __m256 half[2]; vf whole; } halves;
+ALWAYS vf load_bfloat16(const bf16 *p)
+{
+    halves v;
+    for (int i = 0; i < 2; i++) {
+        const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p + 8 * i)));
+        v.half[i] = _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+    }
+    return v.whole;
+}
+ALWAYS vf load_int8(const int8_t *p)
+{
+    halves v;
+    for (int i = 0; i < 2; i++)
+        v.half[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p + 8 * i))));
+    return v.whole;
+}
+#else
 ALWAYS vf load_bfloat16(const bf16 *p)
 {
     vu16 half;
@@ -36,6 +65,7 @@ ALWAYS vf load_int8(const int8_t *p)
     memcpy(&codes, p, 16);
     return __builtin_convertvector(__builtin_convertvector(codes, vi), vf);
 }
+#endif
 ALWAYS void store_float32(float *p, vf v) { memcpy(p, &v, 64); }
 ALWAYS vf fma16(vf a, vf b, vf c) { return a * b + c; }
 ALWAYS vf add16(vf a, vf b) { return a + b; }
