@@ -7,10 +7,13 @@ in all.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor as Array
 
 from smedjan.backends.cpu_native.native import tape
@@ -51,7 +54,7 @@ class NativeProgram(Program):
             for name, tensor in graph.inputs.items()
             if not _stays(tensor)
         }
-        self._fixed = [name for name in graph.inputs if name not in self._copied]
+        self._arrays_of = itemgetter(*(name for name in graph.inputs if name not in self._copied))
 
     def __call__(self, inputs: Mapping[str, Any], *, observe: Observer | None = None) -> dict[str, Any]:
         for name, buffer in self._copied.items():
@@ -60,7 +63,7 @@ class NativeProgram(Program):
                 buffer.copy_(value)
             else:
                 buffer.fill_(value)
-        addresses = [inputs[name].data_ptr() for name in self._fixed]
+        addresses = list(map(Array.data_ptr, self._arrays_of(inputs)))
         if addresses != self._bound:
             self._bind(inputs)
             self._bound = addresses
@@ -74,13 +77,9 @@ class NativeProgram(Program):
                     part.call()
                 seen = (self._values.get(tensor) for tensor in part.node.outputs)
                 observe(part.node, tuple(x.clone() if isinstance(x, Array) else x for x in seen))
-        return {name: self._given_back(inputs, tensor) for name, tensor in self.graph.outputs.items()}
-
-    def _given_back(self, inputs: Mapping[str, Any], tensor: Tensor) -> Any:
-        """A cache is the array that was given."""
-        name = self._updated.get(tensor)
-        value = self._values[tensor]
-        return value.clone() if name is None else inputs[name]
+        made = {name: inputs[given] for name, given in self._caches}
+        made.update((name, _copied(self._values[tensor])) for name, tensor in self._made)
+        return made
 
     def _bind(self, inputs: Mapping[str, Any]) -> None:
         graph, self._tape = self.graph, tape.Tape()
@@ -102,6 +101,9 @@ class NativeProgram(Program):
                 run = self._call(call)
                 static.update(self._read_by_kernels.intersection(node.outputs))
             self._parts.append(Part(node, first, len(self._tape.steps), run))
+        outputs = self.graph.outputs.items()
+        self._caches = [(name, self._updated[tensor]) for name, tensor in outputs if tensor in self._updated]
+        self._made = [(name, tensor) for name, tensor in outputs if tensor not in self._updated]
         self._tape.seal()
         self._stretches = self._joined()
 
@@ -157,6 +159,14 @@ class NativeProgram(Program):
                 made += [self._stretch(first, part.first), part.call]
                 first = part.first
         return [*made, self._stretch(first, len(self._tape.steps))]
+
+
+def _copied(array: Array) -> Array:
+    """By this thread alone: torch would wake its own threads for as much as logits are, and they go on spinning where
+    ours should run."""
+    made = torch.empty_like(array, memory_format=torch.contiguous_format)
+    ctypes.memmove(made.data_ptr(), array.data_ptr(), array.nbytes)
+    return made
 
 
 def _first(node: Node) -> Tensor:
