@@ -76,6 +76,8 @@ class Model:
 
         batch: input_ids, labels (-100 = not trained; not shifted) and, optionally, attention_mask, [batch, seq].
         """
+        if self.session.int8:
+            raise ConfigError("8-bit weights have no gradients", field="quantize", remedy="load it without quantize")
         made = _batch(batch["input_ids"], batch.get("attention_mask"), batch["labels"], self.session.config.vocab_size)
         if made.trained_tokens == 0:
             raise DataError("no token is trained", field="labels", remedy="give a label other than -100")
@@ -114,6 +116,8 @@ class Model:
 
     def save(self, path: str | Path) -> None:
         """A new model directory in Hugging Face's layout. An adapter is merged in first with `smedjan.merge`."""
+        if self.session.int8:
+            raise ConfigError("the model is in 8 bits", field="path", remedy="load it without quantize")
         if self.session.lora is not None:
             raise ConfigError("the model has an adapter", field="path", remedy="write it with smedjan.merge")
         weights = {name: self.session.backend.to_raw(array) for name, array in self.session.parameters.items()}
@@ -128,8 +132,15 @@ def load(
     dtype: str | None = None,
     adapter: str | Path | None = None,
     attention: str = "sdpa",
+    quantize: str | None = None,
 ) -> Model:
-    """A model directory, run directory or hub id, on a backend. A run of LoRA is loaded with its base."""
+    """A model directory, run directory or hub id, on a backend. A run of LoRA is loaded with its base.
+
+    quantize: "int8" holds the linear layers and the head as 8-bit codes with a scale a row, for decoding: the products
+    are taken in float32 with `dtype` activations, the weights are off by at most half a scale each.
+    """
+    if quantize not in (None, "int8"):
+        raise ConfigError(f"is {quantize!r}", field="quantize", remedy="give int8 or nothing")
     chosen = select_backend(backend)
     if device is not None and device != chosen.device:
         raise ConfigError(
@@ -139,7 +150,7 @@ def load(
         raise ConfigError(f"is {attention!r}", field="attention", remedy="give sdpa or eager")
     base, laid = resolve(path, adapter)
     files = open_model(base)
-    session = open_session(files, chosen, dtype=dtype, attention=attention, adapter=laid)
+    session = open_session(files, chosen, dtype=dtype, attention=attention, adapter=laid, int8=quantize is not None)
     return Model(files, session)
 
 

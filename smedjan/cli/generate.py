@@ -27,6 +27,10 @@ def generate(
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None, Parameter(help="of the computation (default: as stored)")
     ] = None,
+    quantize: Annotated[
+        Literal["int8"] | None,
+        Parameter(help="hold linear layers and head in 8 bits: smaller, faster, off by a little"),
+    ] = None,
     common: Common = COMMON,
 ) -> Outcome:
     """Go on from a prompt. The text is printed as it is made.
@@ -35,7 +39,7 @@ def generate(
     """
     from smedjan.api import load
 
-    loaded = load(model, backend=common.backend, dtype=dtype, adapter=adapter)
+    loaded = load(model, backend=common.backend, dtype=dtype, adapter=adapter, quantize=quantize)
     tokenizer, session = loaded.tokenizer, loaded.session
     prompt_ids = tokenizer.encode(prompt)
     stop = sorted({*tokenizer.eos_token_ids, *session.config.eos_token_id})
@@ -72,8 +76,11 @@ def generate(
         "finish_reason": "stop" if made and made[-1] in stop else "length",
         "prompt_tokens": len(prompt_ids),
         "tokens_per_s": speed,
+        "quantization": None if quantize is None else {"format": quantize, "weight_error": session.quantization_error},
     }
     if not common.json:
         print(rest, flush=True)
+    if quantize is not None:
+        common.note(f"weights in {quantize}, off by {session.quantization_error:.2%} of their size")
     common.note(f"{len(made)} tokens, {speed:.1f} tokens/s on {session.backend.name}")
     return Outcome(fields=fields)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from smedjan.backends.base import Backend
+from smedjan.checkpoint import int8 as eight
 from smedjan.checkpoint import nf4
 from smedjan.checkpoint.dtype import convert
 from smedjan.checkpoint.raw import RawTensor, specs_of
@@ -69,10 +71,12 @@ def open_session(
     attention: str = "sdpa",
     adapter: Path | None = None,
     quantized: bool = False,
+    int8: bool = False,
 ) -> Session:
     """Weights on the backend. `adapter` is a directory in PEFT's layout, laid beside the frozen weights.
 
-    With `quantized`, the linear weights of the blocks become NF4, from their values in `dtype`, one at a time.
+    With `quantized`, the linear weights of the blocks become NF4, from their values in `dtype`, one at a time. With
+    `int8`, they and the head become 8-bit codes, from their values as stored.
     """
     chosen = dtype or files.dtype
     if chosen not in COMPUTED:
@@ -83,8 +87,17 @@ def open_session(
             remedy=f"give --dtype {' or '.join(COMPUTED)}",
         )
     narrow = files.config.linear_weights() if quantized else ()
+    codes = files.config.eight_bit_weights() if int8 else ()
+    if int8 and adapter is not None:
+        raise ConfigError("goes with no adapter", field="quantize", remedy="merge it into a model first: smedjan merge")
     parameters = {}
+    squares = missed = 0.0
     for name, tensor in files.tensors.items():
+        if name in codes:
+            parts, size, off = eight.quantize(tensor)
+            squares, missed = squares + size, missed + off
+            parameters.update({f"{name}.{suffix}": backend.from_raw(raw) for suffix, raw in parts.items()})
+            continue
         made = {name: convert(tensor, chosen)}
         if name in narrow:
             made = {f"{name}.{suffix}": part for suffix, part in nf4.quantize(made[name]).items()}
@@ -105,4 +118,8 @@ def open_session(
                     remedy="give the model that this adapter was trained on",
                 )
         parameters.update({name: backend.from_raw(convert(tensors[name], "float32")) for name in expected})
-    return Session(backend, files.config, parameters, chosen, attention=attention, lora=lora, quantized=narrow)
+    session = Session(
+        backend, files.config, parameters, chosen, attention=attention, lora=lora, quantized=narrow, int8=codes
+    )
+    session.quantization_error = sqrt(missed / squares) if squares else 0.0
+    return session

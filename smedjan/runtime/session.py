@@ -22,6 +22,7 @@ from smedjan.ops.loss import GRADIENTS_IN_FORWARD
 from smedjan.ops.optimizer import accumulate as accumulate_op
 from smedjan.ops.quantized import nf4_specs
 from smedjan.passes.fp8 import fp8
+from smedjan.passes.int8 import int8, int8_specs
 from smedjan.passes.lora import DTYPE as ADAPTER_DTYPE
 from smedjan.passes.lora import Lora, adapt
 from smedjan.passes.quantize import fuse, quantize
@@ -38,7 +39,8 @@ class Session:
     """`parameters` holds base weights by HF name and adapters by PEFT name: programs read, the update writes them.
 
     memory, reserved  bytes of the device (None: all there is), and those of them that programs leave alone
-    `quantized` names the weights that are held as NF4 instead, each as the arrays of `nf4_specs`.
+    `quantized` names the weights that are held as NF4 instead, each as the arrays of `nf4_specs`; `int8` those that are
+    held as `int8_specs`, for inference alone.
     fp8     training takes the products of the blocks' linear layers of 8-bit floats. What measures or uses the model
             does not: its weights stay as they are stored, and others compute with them in their dtype
     """
@@ -53,10 +55,12 @@ class Session:
     reserved: int = 0
     quantized: tuple[str, ...] = ()
     fp8: bool = False
+    int8: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.programs: dict[Any, Program] = {}
         self._pools: dict[str, Any] = {}
+        self.quantization_error = 0.0  # |w - codes| / |w| over the weights in `int8`, where they were made
 
     def host(self, array: Any, dtype: str) -> Array:
         """A host array, as a program of the backend reads it."""
@@ -68,8 +72,9 @@ class Session:
         adapters = {} if self.lora is None else self.lora.shapes(base)
         stored = {
             f"{name}.{suffix}": (spec.shape, spec.dtype)
-            for name in self.quantized
-            for suffix, spec in nf4_specs(base.pop(name)).items()
+            for names, specs_of in ((self.quantized, nf4_specs), (self.int8, int8_specs))
+            for name in names
+            for suffix, spec in specs_of(base.pop(name)).items()
         }
         return (
             {name: (shape, self.dtype) for name, shape in base.items()}
@@ -95,6 +100,9 @@ class Session:
     def forward(self, decoder: Decoder, *, train: bool = False) -> Graph:
         """The declared graph with adapters, decomposed already where the backend is exact. Dropout is for training."""
         graph = quantize(decoder.graph, self.quantized) if self.quantized else decoder.graph
+        if self.int8:
+            assert not train, "8-bit weights are for inference"
+            graph = int8(graph, self.int8)
         if self.lora is not None:
             graph = adapt(graph, self.lora if train else replace(self.lora, dropout=0.0))
         if self.fp8 and train:

@@ -89,6 +89,15 @@ def step_of(
     return [micro, session.finish(update)]
 
 
+def decoding_of(
+    config: DecoderConfig, backend: Backend, *, dtype: str, length: int, attention: str = "sdpa", int8: bool = False
+) -> Program:
+    """The program of one new token over a cache of `length` places, as `generate` runs it."""
+    session = Session(backend, config, {}, dtype, attention=attention, int8=config.eight_bit_weights() if int8 else ())
+    form = Form(batch=1, seq=1, dtype=dtype, attention=attention, capacity=length, rows=0 if backend.exact else 1)
+    return session.logits_program(form)
+
+
 def plan(config: FinetuneConfig) -> Plan:
     """The plan of the run's largest micro-batch; reads the model and the rows, and computes nothing but what layers in
     8-bit floats lose."""

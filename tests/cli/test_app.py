@@ -63,14 +63,14 @@ FLAGS = {
     "merge": {"--dtype"},
     "generate": {
         *("--adapter", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
-        *("--repetition-penalty", "--seed", "--dtype"),
+        *("--repetition-penalty", "--seed", "--dtype", "--quantize"),
     },
     "eval": {"--data", "--adapter", "--limit"},
     "data inspect": {"--model", "--split", "--rows", "--max-length", "--loss-on", "--too-long", "--html"},
     "info": set(),
     "graph": {
         *("--plan", "--forward", "--unfold", "--batch-size", "--length", "--dtype", "--attention"),
-        *("--method", "--packing", "--memory", "--fp8"),
+        *("--method", "--packing", "--memory", "--fp8", "--decode", "--quantize"),
     },
     "report": {"--out"},
     "doctor": set(),

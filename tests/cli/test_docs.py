@@ -73,11 +73,12 @@ TRAIN = ["finetune", "--model", "downloaded", "--data", "rows.jsonl", "--train.s
     [
         (["info", "downloaded"], {"model_type", "parameters", "dtype", "tied", "adapter"}, False),
         (["graph", "downloaded", "--length", "16"], PLAN, True),
+        (["graph", "downloaded", "--length", "16", "--decode", "--quantize", "int8"], PLAN, True),
         ([*TRAIN, "--dry-run"], PLAN, True),
         ([*TRAIN, "--out", "json-run"], {"run_dir", "weights_sha256", "rows", "trained_share"}, True),
         (
             ["generate", "downloaded", "7 is ", "--max-new-tokens", "2"],
-            {"token_ids", "text", "finish_reason", "prompt_tokens", "tokens_per_s"},
+            {"token_ids", "text", "finish_reason", "prompt_tokens", "tokens_per_s", "quantization"},
             True,
         ),
         (
@@ -108,7 +109,19 @@ TRAIN = ["finetune", "--model", "downloaded", "--data", "rows.jsonl", "--train.s
             False,
         ),
     ],
-    ids=["info", "graph", "plan", "finetune", "generate", "import", "export", "parity", "families", "data inspect"],
+    ids=[
+        "info",
+        "graph",
+        "decode",
+        "plan",
+        "finetune",
+        "generate",
+        "import",
+        "export",
+        "parity",
+        "families",
+        "data inspect",
+    ],
 )
 def test_json_keys_are_frozen(
     words: list[str],

@@ -23,10 +23,13 @@ from smedjan.backends.cpu_native import (  # noqa: F401  (each fills RULES, PLAN
     optimizer,
     rope,
 )
+from smedjan.backends.cpu_native.native import rules as native_rules
+from smedjan.backends.cpu_native.native.memory import Chunks
 from smedjan.backends.cpu_native.table import PLANNED, RULES
 from smedjan.backends.planned.pool import Pool
 from smedjan.backends.planned.program import PlannedProgram
 from smedjan.backends.torch_reference import TorchBackend
+from smedjan.checkpoint.raw import RawTensor
 from smedjan.graph.node import Graph
 from smedjan.graph.program import Program
 from smedjan.graph.rewrite import decompose
@@ -39,15 +42,23 @@ class CpuNative(TorchBackend):
     exact = False
     rules = PLANNED
 
+    def __init__(self) -> None:
+        self._chunks = Chunks()
+
+    def from_raw(self, raw: RawTensor) -> torch.Tensor:
+        made = self._chunks.array(raw)
+        return super().from_raw(raw) if made is None else made
+
     def pool(self, memory: int | None = None, reserved: int = 0) -> Pool:
         return Pool(torch.device("cpu"), None if memory is None else memory - reserved)
 
     def fuse(self, graph: Graph) -> Graph:
-        return graph if _has_cache(graph) else fuse(graph, _has)
+        return native_rules.fused(graph) if _has_cache(graph) else fuse(graph, _has)
 
     def program(self, graph: Graph, pool: Any = None) -> Program:
         if _has_cache(graph):
-            return Program(decompose(graph, RULES.has), RULES)
+            graph = decompose(graph, RULES.has)
+            return native_rules.program(graph) or Program(graph, RULES)
         return PlannedProgram(fuse_backward(graph, _has), PLANNED, pool or self.pool())
 
 

@@ -46,6 +46,11 @@ def _one(*, dtype: str) -> Array:
     return torch.ones((), dtype=torch.float64)
 
 
+@WIDE.rule("int8_dequantize")
+def _product(codes: Array, scale: Array, *, dtype: str) -> Array:
+    return codes.double() * scale.double()[:, None]
+
+
 class Float64(TorchReference):
     """The exact backend over float64 arrays, whatever dtype a graph declares."""
 

@@ -27,7 +27,7 @@ SWITCH = "SMEDJAN_NATIVE"
 # Sums that say so (omp simd) may be reordered, as every vectorised sum is; nothing else, and NaN stays NaN.
 FLAGS = (
     *("-std=c11", "-O3", "-fPIC", "-shared", "-pthread", "-fno-math-errno", "-fno-trapping-math"),
-    *("-fopenmp-simd", "-ffp-contract=fast", "-Wall"),
+    *("-fopenmp-simd", "-ffp-contract=fast", "-Wall", "-Wno-psabi"),
 )
 TARGETS = (("-march=native",), ("-mcpu=native",), ())
 """How compilers are told to use all of this CPU; the first that one takes."""
