@@ -248,7 +248,7 @@ def evaluate_loss(
 def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None = None) -> Run:
     """Trains, checkpoints and saves. `on_step` sees every event that the log gets, as it is written.
 
-    Of several processes (`together`) each makes its micro-batches' gradients, and the first logs and saves.
+    Of several processes (`together`) each makes its micro-batches' gradients; the first logs, saves, calls `on_step`.
     """
     with together(select_backend(config.backend)) as group:
         return _finetune(config, group, on_step)

@@ -14,7 +14,9 @@ from smedjan.errors import ConfigError, Elsewhere, SmedjanError
 def rank_and_world() -> tuple[int, int]:
     """Which process this is, from 0, of how many."""
     world = _number("WORLD_SIZE", "1")
-    rank = _number("RANK", "0" if world == 1 else "")
+    if world <= 1:
+        return 0, 1
+    rank = _number("RANK", "")
     if rank >= world:
         raise ConfigError(f"{rank} of {world} processes", field="RANK", remedy="start by torchrun or accelerate launch")
     return rank, world
@@ -29,7 +31,7 @@ def _number(name: str, default: str) -> int:
 
 def first() -> bool:
     """Whether this is the process that speaks for the run."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
