@@ -59,15 +59,18 @@ class Trainer:
         Every micro-batch's loss is divided by the trained tokens of the whole step, so that how the rows are split
         cannot change it.
         """
-        loss, grads = self.loss_and_grads(batches, number=number)
+        losses, grads = self.losses_and_grads(batches, number=number)
         made = self.update(self._inputs(grads, number, lr))
         for name in self.names:
             self.session.parameters[name] = made[name]
         self.state = {name: made[name] for name in self.state}
-        return loss, self._float(made["grad_norm"])
+        return sum(self._float(loss) for loss in losses), self._float(made["grad_norm"])
 
-    def loss_and_grads(self, batches: Sequence[Batch], *, number: int) -> tuple[float, Mapping[str, Array]]:
-        """Of a step, in every process alike. Micro-batch m is process m % world's.
+    def losses_and_grads(
+        self, batches: Sequence[Batch], *, number: int
+    ) -> tuple[Sequence[float | Array], Mapping[str, Array]]:
+        """The micro-batches' losses, which add up to the step's, and its gradients, in every process alike. One process
+        leaves losses on the device, and waits for nothing. Micro-batch m is process m % world's.
 
         An exact backend adds whole gradients in the order of the micro-batches, as one process would: how many there
         are changes no bit. On a fast one each process adds up its own, and the sums are summed: of M micro-batches'
@@ -92,11 +95,13 @@ class Trainer:
                 totals = group.add(totals, grads, specs, min(group.world, len(batches) - first))
             else:
                 totals = grads or totals
-        said = group.exchange([self._float(loss) for loss in losses])
+        if group.world > 1:
+            # Before the sum: what stopped another process comes out here
+            losses = interleaved(group.exchange([self._float(loss) for loss in losses]))
         if not ordered:
             totals = group.sum(totals, specs)
         assert totals is not None
-        return sum(interleaved(said)), totals
+        return losses, totals
 
     def _inputs(self, grads: Mapping[str, Array], number: int, lr: float) -> dict[str, Any]:
         backend = self.session.backend
@@ -110,7 +115,9 @@ class Trainer:
             **seed,
         }
 
-    def _float(self, scalar: Array) -> float:
+    def _float(self, scalar: float | Array) -> float:
+        if isinstance(scalar, float):
+            return scalar
         return float(to_float32(self.session.backend.to_raw(scalar))[0])
 
     def weights(self) -> dict[str, RawTensor]:

@@ -235,7 +235,7 @@ def test_the_fast_backend_of_the_cpu(trl_run, truth, configure, tiny, peer_train
     reference.backward(first)
     plain.backward(first)
     trainer = ours(seen, configure, method, "cpu_native")
-    _, grads = trainer.loss_and_grads(first, number=1)
+    _, grads = trainer.losses_and_grads(first, number=1)
     wanted, theirs = reference.gradients(), plain.gradients()
     assert set(grads) == set(wanted)
     for name, gradient in grads.items():
