@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from smedjan.backends.collective import Collective
 from smedjan.checkpoint.raw import RawTensor
-from smedjan.errors import ConfigError
+from smedjan.errors import ConfigError, Elsewhere
 from smedjan.graph.lowering import RuleTable
 from smedjan.graph.node import Graph
 from smedjan.graph.program import Program
@@ -59,6 +60,16 @@ class Backend(ABC):
     def program(self, graph: Graph, pool: Any = None) -> Program:
         """Lowers a finished graph; a backend may fuse it once more and return a compiled subclass."""
         return Program(graph, self.rules)
+
+    def collective(self, *, rank: int, world: int) -> Collective:
+        """The `world` processes of a data-parallel run, of which this is number `rank`."""
+        if rank > 0:
+            raise Elsewhere(f"{self.name} trains in one process")
+        raise ConfigError(
+            f"{self.name} trains in one process, and WORLD_SIZE is {world}",
+            field="backend",
+            remedy="start smedjan itself, without torchrun or accelerate launch",
+        )
 
     def fp8_measure(self, *, field: str) -> Callable[[Array, Array], float]:
         """(x, W) -> |fp8_linear(x, W) - x W^T| / |x W^T|: what products of 8-bit floats cost a layer.

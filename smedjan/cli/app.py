@@ -24,7 +24,8 @@ from smedjan.cli.merge import merge
 from smedjan.cli.output import Outcome, envelope
 from smedjan.cli.parity import parity
 from smedjan.cli.report import report
-from smedjan.errors import ConfigError, SmedjanError, nearest
+from smedjan.errors import ConfigError, Elsewhere, SmedjanError, nearest
+from smedjan.train.processes import first
 
 VERBS: dict[str, Callable[..., Outcome]] = {
     "import": import_model,
@@ -66,14 +67,18 @@ def run(argv: Sequence[str]) -> int:
         if not isinstance(outcome, Outcome):
             return 0
         text = envelope(command, outcome.ok, outcome.fields) if in_json else outcome.text
-        if text:
+        if text and first():
             print(text, flush=True)
         return 0 if outcome.ok else 1
     except CycloptsError as problem:
         return _fail(command, usage_error(problem, command), in_json, 2)
+    except Elsewhere:
+        return 2
     except SmedjanError as problem:
         return _fail(command, problem, in_json, 2)
     except KeyboardInterrupt as stop:
+        if not first():
+            return 130
         return _fail(command, SmedjanError(str(stop) or "interrupted"), in_json, 130)
     except BrokenPipeError:
         # The reader of `smedjan graph DIR | head` has gone: the flush at exit must not complain a second time

@@ -139,17 +139,18 @@ class Steps:
         units = [self._unit(index) for index in range(first, first + self.rows_per_step)]
         return sorted(units, key=self._length, reverse=True)
 
-    def batches_for_step(self, step: int) -> list[Batch]:
-        """The `grad_accum` micro-batches of the step, `batch_size` rows each."""
-        units = self.units_of_step(step)
+    def batches_for_step(self, step: int, processes: int = 1) -> list[Batch]:
+        """The `grad_accum` micro-batches of the step, `batch_size` rows each. Of more processes than that each should
+        have some: the same rows in as many smaller ones."""
+        units, size = self.units_of_step(step), min(self.batch_size, -(-self.rows_per_step // processes))
         return [
             collate(
-                [[self.examples[index] for index in unit] for unit in units[start : start + self.batch_size]],
+                [[self.examples[index] for index in unit] for unit in units[start : start + size]],
                 max_length=self.max_length,
                 pad_to=self.pad_to,
                 pad_id=self.pad_id,
             )
-            for start in range(0, len(units), self.batch_size)
+            for start in range(0, len(units), size)
         ]
 
     def trained_tokens_of_step(self, step: int) -> int:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
+from smedjan.backends.collective import Alone, Collective
 from smedjan.checkpoint.atomic import write_atomic
 from smedjan.checkpoint.dtype import to_float32
 from smedjan.checkpoint.raw import RawTensor, specs_of
@@ -34,7 +35,8 @@ from smedjan.train import fp8
 from smedjan.train.asked import asked
 from smedjan.train.config import FinetuneConfig
 from smedjan.train.log import Event, RunLog
-from smedjan.train.step import Trainer
+from smedjan.train.processes import together
+from smedjan.train.step import Trainer, interleaved
 
 PAD_TO = 16
 """Rows are padded to a multiple of this, so that a run needs few programs."""
@@ -164,7 +166,7 @@ class Finetune:
             now=datetime.fromisoformat(self.started),
         )
 
-    def trainer(self) -> Trainer:
+    def trainer(self, group: Collective | None = None) -> Trainer:
         """The session with fresh adapters, and what is trained of it."""
         config = self.config
         session = open_session(
@@ -201,7 +203,7 @@ class Finetune:
                     field="optim.lr_pattern",
                     remedy="give whole parts of names, such as embed_tokens, layers.0 or lora_B",
                 )
-        return Trainer(session, names, adamw, seed=config.seed)
+        return Trainer(session, names, adamw, seed=config.seed, group=group)
 
     def learning_rate(self, step: int) -> float:
         """Of `step`, counted from 0. Warm-up ends at the peak; its first step is not zero, unlike transformers'."""
@@ -231,17 +233,28 @@ class Finetune:
         }
 
 
-def evaluate_loss(session: Session, dataset: TokenDataset, *, batch_size: int, max_length: int) -> float:
-    """Mean negative log-likelihood of the trained tokens."""
-    total = 0.0
-    for batch in dataset.batches(batch_size=batch_size, max_length=max_length, pad_to=PAD_TO):
-        loss, _ = session.micro(batch, (), num_items=1.0)
-        total += float(to_float32(session.backend.to_raw(loss))[0])
-    return total / dataset.trained_tokens
+def evaluate_loss(
+    session: Session, dataset: TokenDataset, *, batch_size: int, max_length: int, group: Collective | None = None
+) -> float:
+    """Mean negative log-likelihood of the trained tokens. The processes of `group` share the batches."""
+    group, losses = group or Alone(), []
+    for index, batch in enumerate(dataset.batches(batch_size=batch_size, max_length=max_length, pad_to=PAD_TO)):
+        if index % group.world == group.rank:
+            loss, _ = session.micro(batch, (), num_items=1.0)
+            losses.append(float(to_float32(session.backend.to_raw(loss))[0]))
+    return sum(interleaved(group.exchange(losses))) / dataset.trained_tokens
 
 
 def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None = None) -> Run:
-    """Trains, checkpoints and saves. `on_step` sees every event that the log gets, as it is written."""
+    """Trains, checkpoints and saves. `on_step` sees every event that the log gets, as it is written.
+
+    Of several processes (`together`) each makes its micro-batches' gradients; the first logs, saves, calls `on_step`.
+    """
+    with together(select_backend(config.backend)) as group:
+        return _finetune(config, group, on_step)
+
+
+def _finetune(config: FinetuneConfig, group: Collective, on_step: Callable[[Event], None] | None) -> Run:
     assert config.out is not None, "a dry run is `plan`"
     out = config.out
     found = load_checkpoint(out) if out.exists() else None
@@ -250,14 +263,20 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
     if out.exists() and not config.resume and (found is not None or any(out.iterdir())):
         raise ConfigError("exists already", file=out, field="out", remedy="give --resume, or another directory")
     parts.backend.reset_peak_memory()
-    trainer = parts.trainer()
+    trainer = parts.trainer(group)
     start = 0
     history: list[Event] = []
     if found is not None:
         start, history = _resume(parts, trainer, found, out)
     errors = _fp8_errors(parts, trainer, start)
-    log = RunLog(out / "smedjan" / "log.jsonl", start, on_step)
-    leg = {"backend": parts.backend.name, "from_step": start, "plan": trainer.update.plan_hash}
+    group.exchange()  # none writes before all have looked at what is there
+    log = RunLog(out / "smedjan" / "log.jsonl", start, on_step, speaks=group.rank == 0)
+    leg = {
+        "backend": parts.backend.name,
+        "from_step": start,
+        "plan": trainer.update.plan_hash,
+        "processes": group.world,
+    }
     history = [*history, leg]
     name = ADAPTER_WEIGHTS if parts.lora is not None else "model.safetensors"
 
@@ -268,17 +287,18 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
         save_checkpoint(
             out,
             step,
-            weights=trainer.weights(),
+            weights=trainer.weights() if group.rank == 0 else {},
             optimizer=trainer.optimizer_state(),
             state=parts.state(history),
             weights_name=name,
             keep=config.train.keep,
+            peers=group,
         )
 
     eval_loss = None
-    with asked() as wanted:
+    with asked(several=group.world > 1) as wanted:
         for step in range(start, parts.steps.total):
-            batches = parts.steps.batches_for_step(step)
+            batches = parts.steps.batches_for_step(step, group.world)
             lr, began = parts.learning_rate(step), time.perf_counter()
             loss, norm = trainer.step(batches, number=step + 1, lr=lr)
             if not math.isfinite(loss) or not math.isfinite(norm):
@@ -304,15 +324,21 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
             last = step + 1 == parts.steps.total
             if parts.eval_dataset is not None and (last or _due(config.train.eval_every, step)):
                 eval_loss = evaluate_loss(
-                    trainer.session, parts.eval_dataset, batch_size=config.train.batch_size, max_length=parts.max_length
+                    trainer.session,
+                    parts.eval_dataset,
+                    batch_size=config.train.batch_size,
+                    max_length=parts.max_length,
+                    group=group,
                 )
                 log.write({"step": step + 1, "eval_loss": eval_loss})
-            if last or wanted.stop or wanted.save_now() or _due(config.train.save_every, step):
+            stop, save_now = wanted.agreed(group)
+            if last or stop or save_now or _due(config.train.save_every, step):
                 save(step + 1)
-            if wanted.stop and not last:
+            if stop and not last:
                 raise Interrupted(f"stopped after step {step + 1}; go on with --resume")
     weights = trainer.weights()
-    _save_result(parts, weights, out)
+    if group.rank == 0:
+        _save_result(parts, weights, out)
     examples = parts.tokenized
     plan_hash = next(iter(trainer.session.programs.values())).plan_hash if trainer.session.programs else ""
     counts = examples.counts
@@ -328,7 +354,9 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
         plan_hash=plan_hash,
         eval_loss=eval_loss,
     )
-    _write_plan(trainer, out / "smedjan" / "plan.json", run, errors)
+    if group.rank == 0:
+        _write_plan(trainer, out / "smedjan" / "plan.json", run, errors)
+    group.exchange()  # what one process returns from is there for all
     return run
 
 
