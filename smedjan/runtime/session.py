@@ -57,6 +57,8 @@ class Session:
     def __post_init__(self) -> None:
         self.programs: dict[Any, Program] = {}
         self._pools: dict[str, Any] = {}
+        self.flops = 0
+        """Of all micro-batches and updates so far, as the costs of their programs count them."""
 
     def host(self, array: Any, dtype: str) -> Array:
         """A host array, as a program of the backend reads it."""
@@ -184,6 +186,7 @@ class Session:
         inputs.update({f"total.{name}": array for name, array in (totals or {}).items()})
         program = self.micro_program(self.form(batch, rows=rows), wrt, accumulate=totals is not None)
         made = program(inputs, observe=observe) if observe else program(inputs)
+        self.flops += program.cost.flops
         return made["loss"], {name: made[f"grad.{name}"] for name in wrt}
 
     def logits(self, batch: Batch, *, observe: Any = None) -> Array:

@@ -55,6 +55,7 @@ class Trainer:
             losses.append(loss)
         assert totals is not None
         made = self.update(self._inputs(totals, number, lr))
+        session.flops += self.update.cost.flops
         for name in self.names:
             session.parameters[name] = made[name]
         self.state = {name: made[name] for name in self.state}
