@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from functools import partial
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
@@ -183,14 +185,20 @@ def tracked(
             tracker.write(event)
         if "header" in event:
             for name in names:
-                tracker = TRACKERS[name](event["header"], out, event["step"])
+                with redirect_stdout(sys.stderr):  # stdout is the command's own
+                    tracker = TRACKERS[name](event["header"], out, event["step"])
                 made.append(tracker)
-                closing.push(lambda kind, error, trace, closed=tracker: closed.close(failed=kind is not None))
+                closing.push(partial(_close, tracker))
         if on_step is not None:
             on_step(event)
 
     with ExitStack() as closing:
         yield listener
+
+
+def _close(tracker: Tracker, kind: type[BaseException] | None, *_: object) -> None:
+    with redirect_stdout(sys.stderr):
+        tracker.close(failed=kind is not None)
 
 
 def _identity(header: dict[str, Any], out: Path) -> str:
