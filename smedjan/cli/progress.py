@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from smedjan.report.scale import duration
+
 
 class Bar:
     """Within it, call it with every event of a run. `total` is a guess where an event carries `total_steps`."""
@@ -63,19 +65,6 @@ class Bar:
 
     def _show(self, made: RenderableType) -> None:
         self._progress.console.print(made, highlight=False)
-
-
-def duration(seconds: float) -> str:
-    """As a person says it: 45 s, 12 min, 3 h 5 min, 2 d 4 h."""
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
-    if minutes < 60:
-        return f"{minutes} min"
-    if hours < 24:
-        return f"{hours} h {minutes % 60} min"
-    return f"{days} d {hours % 24} h"
 
 
 def _table(header: dict[str, Any]) -> Table:

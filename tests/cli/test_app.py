@@ -76,7 +76,7 @@ FLAGS = {
         *("--plan", "--forward", "--unfold", "--batch-size", "--length", "--dtype", "--attention"),
         *("--method", "--packing", "--memory", "--fp8"),
     },
-    "report": {"--out"},
+    "report": {"--out", "--live"},
     "doctor": set(),
 }
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import smedjan
-from smedjan.cli.progress import Bar, duration
+from smedjan.cli.progress import Bar
 from smedjan.train import meter as meter_module
 from smedjan.train.finetune import Finetune
 from smedjan.train.header import lines
@@ -178,8 +178,3 @@ def test_a_clock_that_goes_backwards_or_stands_still(configure, monkeypatch, rea
     shown = capsys.readouterr().err
     assert "0 s left" in shown
     assert "-" not in shown.rpartition("loss")[2].split("left")[0]
-
-
-def test_durations_as_a_person_says_them():
-    said = {0: "0 s", -3: "0 s", 59.4: "59 s", 60: "1 min", 3599: "59 min", 11_100: "3 h 5 min", 187_200: "2 d 4 h"}
-    assert {seconds: duration(seconds) for seconds in said} == said
