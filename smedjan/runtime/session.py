@@ -61,6 +61,8 @@ class Session:
         self.programs: dict[Any, Program] = {}
         self._pools: dict[str, Any] = {}
         self.quantization_error = 0.0  # |w - codes| / |w| over the weights in `int8`, where they were made
+        self.flops = 0
+        """Of all micro-batches and updates so far, as the costs of their programs count them."""
 
     def host(self, array: Any, dtype: str) -> Array:
         """A host array, as a program of the backend reads it."""
@@ -192,6 +194,7 @@ class Session:
         inputs.update({f"total.{name}": array for name, array in (totals or {}).items()})
         program = self.micro_program(self.form(batch, rows=rows), wrt, accumulate=totals is not None)
         made = program(inputs, observe=observe) if observe else program(inputs)
+        self.flops += program.cost.flops
         return made["loss"], {name: made[f"grad.{name}"] for name in wrt}
 
     def logits(self, batch: Batch, *, observe: Any = None) -> Array:

@@ -54,6 +54,14 @@ class TrainConfig(Section):
     save_every: int = field(default=100, metadata={"ge": 0, "help": "steps between checkpoints; 0: only at the end"})
     keep: int = field(default=2, metadata={"ge": 1, "help": "the newest checkpoints that stay"})
     eval_every: int = field(default=100, metadata={"ge": 0, "help": "steps between evaluations; 0: only at the end"})
+    sample_every: int = field(default=0, metadata={"ge": 0, "help": "steps between sample generations; 0: none"})
+    sample_prompts: str | None = field(
+        default=None,
+        metadata={"help": "a prompt, or a file of them (default: of the first rows of eval data, or data)"},
+    )
+    track: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "who else gets the log: tensorboard, trackio, wandb, by commas"}
+    )
     attention: Literal["sdpa", "eager"] = field(
         default="sdpa", metadata={"help": "which of transformers' two computations the exact backend repeats"}
     )
@@ -283,7 +291,7 @@ class FinetuneConfig(Section):
         decided = self.to_dict()
         for name in ("model", "data", "eval_data", "out", "resume", "dry_run", "backend"):
             del decided[name]
-        for name in ("save_every", "keep", "eval_every", "memory"):
+        for name in ("save_every", "keep", "eval_every", "memory", "sample_every", "sample_prompts", "track"):
             del decided["train"][name]
         if self.method == "full":
             del decided["lora"]

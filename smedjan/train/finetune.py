@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ from pathlib import Path
 from smedjan.backends.collective import Alone, Collective
 from smedjan.checkpoint.atomic import write_atomic
 from smedjan.checkpoint.dtype import to_float32
+from smedjan.checkpoint.lock import RunLock, request_file
 from smedjan.checkpoint.raw import RawTensor, specs_of
 from smedjan.checkpoint.run_dir import Checkpoint, load_checkpoint, save_checkpoint, sha256_of
 from smedjan.checkpoint.sizes import parse_size
@@ -34,9 +34,13 @@ from smedjan.runtime.session import Session
 from smedjan.train import fp8
 from smedjan.train.asked import asked
 from smedjan.train.config import FinetuneConfig
+from smedjan.train.header import header
 from smedjan.train.log import Event, RunLog
+from smedjan.train.meter import Meter
 from smedjan.train.processes import together
+from smedjan.train.samples import Samples
 from smedjan.train.step import Trainer, interleaved
+from smedjan.train.track import tracked
 
 PAD_TO = 16
 """Rows are padded to a multiple of this, so that a run needs few programs."""
@@ -250,25 +254,37 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
 
     Of several processes (`together`) each makes its micro-batches' gradients; the first logs, saves, calls `on_step`.
     """
-    with together(select_backend(config.backend)) as group:
-        return _finetune(config, group, on_step)
-
-
-def _finetune(config: FinetuneConfig, group: Collective, on_step: Callable[[Event], None] | None) -> Run:
     assert config.out is not None, "a dry run is `plan`"
-    out = config.out
+    with together(select_backend(config.backend)) as group:
+        if group.rank != 0:
+            return _finetune(config, config.out, group, None, None)
+        with RunLock(config.out) as lock, tracked(config.train.track, config.out, on_step) as listener:
+            return _finetune(config, config.out, group, lock, listener)
+
+
+def _finetune(
+    config: FinetuneConfig,
+    out: Path,
+    group: Collective,
+    lock: RunLock | None,
+    on_step: Callable[[Event], None] | None,
+) -> Run:
     found = load_checkpoint(out) if out.exists() else None
     # A chat template may print the date: a resumed run sees the rows of the day on which it was started.
     parts = Finetune(config, started=None if found is None else found.state.get("started"))
     if out.exists() and not config.resume and (found is not None or any(out.iterdir())):
         raise ConfigError("exists already", file=out, field="out", remedy="give --resume, or another directory")
-    parts.backend.reset_peak_memory()
+    meter = Meter(parts.backend, config.dtype or parts.files.dtype)
+    samples = Samples(parts) if config.train.sample_every and group.rank == 0 else None
     trainer = parts.trainer(group)
     start = 0
     history: list[Event] = []
     if found is not None:
         start, history = _resume(parts, trainer, found, out)
     errors = _fp8_errors(parts, trainer, start)
+    head = header(parts, trainer, meter, start)
+    if lock is not None:
+        lock.acquire()
     group.exchange()  # none writes before all have looked at what is there
     log = RunLog(out / "smedjan" / "log.jsonl", start, on_step, speaks=group.rank == 0)
     leg = {
@@ -280,6 +296,7 @@ def _finetune(config: FinetuneConfig, group: Collective, on_step: Callable[[Even
     history = [*history, leg]
     name = ADAPTER_WEIGHTS if parts.lora is not None else "model.safetensors"
 
+    log.write({"step": start, "header": head})
     if errors:
         log.write({"step": start, "fp8": fp8.summary(errors)})
 
@@ -296,10 +313,11 @@ def _finetune(config: FinetuneConfig, group: Collective, on_step: Callable[[Even
         )
 
     eval_loss = None
-    with asked(several=group.world > 1) as wanted:
+    with asked(request_file(out), several=group.world > 1) as wanted:
         for step in range(start, parts.steps.total):
             batches = parts.steps.batches_for_step(step, group.world)
-            lr, began = parts.learning_rate(step), time.perf_counter()
+            lr = parts.learning_rate(step)
+            meter.start(trainer.session)
             loss, norm = trainer.step(batches, number=step + 1, lr=lr)
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise ConfigError(
@@ -307,7 +325,7 @@ def _finetune(config: FinetuneConfig, group: Collective, on_step: Callable[[Even
                     field="optim.lr",
                     remedy="lower --optim.lr; the last checkpoint is whole",
                 )
-            tokens, seconds = sum(b.tokens for b in batches), time.perf_counter() - began
+            tokens = sum(b.tokens for b in batches)
             log.write(
                 {
                     "step": step + 1,
@@ -317,7 +335,7 @@ def _finetune(config: FinetuneConfig, group: Collective, on_step: Callable[[Even
                     "lr": lr,
                     "tokens": tokens,
                     "trained_tokens": sum(b.trained_tokens for b in batches),
-                    "tokens_per_s": tokens / seconds,
+                    **meter.stop(trainer.session, tokens=tokens, left=parts.steps.total - step - 1),
                     "peak_bytes": parts.backend.peak_memory(),
                 }
             )
@@ -331,9 +349,12 @@ def _finetune(config: FinetuneConfig, group: Collective, on_step: Callable[[Even
                     group=group,
                 )
                 log.write({"step": step + 1, "eval_loss": eval_loss})
+            if samples is not None and (last or _due(config.train.sample_every, step)):
+                log.write({"step": step + 1, "samples": samples(trainer.session)})
             stop, save_now = wanted.agreed(group)
             if last or stop or save_now or _due(config.train.save_every, step):
                 save(step + 1)
+                wanted.saved()
             if stop and not last:
                 raise Interrupted(f"stopped after step {step + 1}; go on with --resume")
     weights = trainer.weights()

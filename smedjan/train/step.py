@@ -61,6 +61,7 @@ class Trainer:
         """
         losses, grads = self.losses_and_grads(batches, number=number)
         made = self.update(self._inputs(grads, number, lr))
+        self.session.flops += self.update.cost.flops
         for name in self.names:
             self.session.parameters[name] = made[name]
         self.state = {name: made[name] for name in self.state}

@@ -37,6 +37,9 @@ FLAGS = {
         ),
         *(
             "--train.eval-every",
+            "--train.sample-every",
+            "--train.sample-prompts",
+            "--train.track",
             "--train.attention",
             "--train.fp8",
             "--train.memory",
@@ -67,12 +70,13 @@ FLAGS = {
     },
     "eval": {"--data", "--adapter", "--limit"},
     "data inspect": {"--model", "--split", "--rows", "--max-length", "--loss-on", "--too-long", "--html"},
+    "run save": {"--timeout"},
     "info": set(),
     "graph": {
         *("--plan", "--forward", "--unfold", "--batch-size", "--length", "--dtype", "--attention"),
         *("--method", "--packing", "--memory", "--fp8", "--decode", "--quantize"),
     },
-    "report": {"--out"},
+    "report": {"--out", "--live"},
     "doctor": set(),
 }
 
@@ -125,6 +129,9 @@ def test_help_shows_every_flag_and_one_example_that_parses(verb: str, capsys: py
         (["data", "inspect", "r.jsonl", "--model", "m", "--rows", "-1"], "rows: is -1; give 0 or more"),
         (["data", "inspect", "r.jsonl", "--model", "does/not/exist"], "does/not/exist"),
         (["report", "does/not/exist"], "does/not/exist: is no directory"),
+        (["run", "save", "does/not/exist"], "does/not/exist: is no directory"),
+        (["run", "save", "docs", "--timeout", "0"], "timeout: is 0; give more than 0 seconds"),
+        (["run", "save", "docs"], "docs: no process writes this run"),
     ],
 )
 def test_wrong_input_is_one_line_and_code_2(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

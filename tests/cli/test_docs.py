@@ -63,7 +63,11 @@ def test_quickstart(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert (folder / "merged.Modelfile").read_text().startswith("FROM ./merged.gguf")
 
 
-STEP = {"step", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "tokens_per_s", "peak_bytes"}
+STEP = {"step", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "tokens_per_s", "peak_bytes", "mfu", "eta_s"}
+HEADER = {
+    *("model", "trained", "lora", "rows", "steps", "optim", "seed", "backend", "device", "exact", "plan_hash"),
+    *("memory", "peak", "versions", "config_hash", "data", "started", "out"),
+}
 PLAN = {"parameters", "nodes", "flops_per_token", "planned_bytes", "ops"}
 TRAIN = ["finetune", "--model", "downloaded", "--data", "rows.jsonl", "--train.steps", "2", "--train.batch-size", "2"]
 
@@ -131,13 +135,16 @@ def test_json_keys_are_frozen(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Keys that scripts rely on: stdout is JSON alone, its last line the result, those before it a step each."""
+    """Keys that scripts rely on: stdout is JSON alone, its last line the result, before it a header and steps."""
     lines = run([*words, "--json", "--backend", "torch_reference"], folder, capsys, monkeypatch).splitlines()
     *steps, result = [json.loads(line) for line in lines]
     command = " ".join(words[:2]) if words[0] == "data" else words[0]
     assert keys <= set(result)
     assert (result["schema"], result["command"], result["ok"], result["error"]) == (1, command, True, None)
     assert (result["backend"], result["exact"]) == (("torch_reference", True) if ran else (None, None))
+    if "--out" in words:
+        first = steps.pop(0)
+        assert (set(first), set(first["header"])) == ({"step", "header"}, HEADER)
     assert len(steps) == (2 if "--out" in words else 0)
     assert all(set(step) >= STEP for step in steps)
 
