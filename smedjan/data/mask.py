@@ -88,8 +88,11 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenized:
+    """`converted`: what the rows were converted from and to, if they were."""
+
     examples: tuple[Example, ...]
     counts: Counts
+    converted: dict[str, str] | None = None
 
 
 def tokenize_rows(
@@ -127,7 +130,7 @@ def tokenize_rows(
         )
     truncated = sum(example.truncated for example in examples)
     counts = Counts(kept=len(examples), truncated=truncated, dropped=dropped, unstopped=unstopped)
-    return Tokenized(examples=tuple(examples), counts=counts)
+    return Tokenized(examples=tuple(examples), counts=counts, converted=row.converted)
 
 
 def tokenize_row(

@@ -56,7 +56,7 @@ def evaluate(
     files = open_model(base)
     tokenizer = load_tokenizer(files.path)
     session = open_session(files, select_backend(backend), adapter=laid)
-    rows = read_rows(data, "test")[:limit]
+    rows = read_rows(data, "test", chat=tokenizer.chat_template is not None)[:limit]
     context = files.config.max_position_embeddings
     tokenized = tokenize_rows(rows, tokenizer, max_length=context)
     nll = evaluate_loss(session, TokenDataset(tokenized.examples), batch_size=BATCH, max_length=context)

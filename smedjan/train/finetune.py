@@ -17,10 +17,11 @@ from smedjan.checkpoint.raw import RawTensor, specs_of
 from smedjan.checkpoint.run_dir import Checkpoint, load_checkpoint, save_checkpoint, sha256_of
 from smedjan.checkpoint.sizes import parse_size
 from smedjan.data.dataset import Steps, TokenDataset
-from smedjan.data.formats import read_rows
+from smedjan.data.formats import conversion, stream_rows
 from smedjan.data.mask import Tokenized, tokenize_rows
 from smedjan.errors import CheckpointError, ConfigError
 from smedjan.hf.export import save_model
+from smedjan.hf.hub import Say
 from smedjan.hf.load import ModelFiles, open_model, open_session
 from smedjan.hf.peft import WEIGHTS as ADAPTER_WEIGHTS
 from smedjan.hf.peft import initial_adapter, write_adapter
@@ -50,13 +51,14 @@ class Interrupted(KeyboardInterrupt):
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What a run left behind. `rows` counts kept, truncated and dropped ones; `unstopped` of the kept, uncut ones train
-    no stop token; `trained_share` is of all tokens."""
+    no stop token; `trained_share` is of all tokens; `converted`: what the rows were converted from and to."""
 
     run_dir: Path
     weights_sha256: str
     rows: dict[str, int]
     unstopped: int
     trained_share: float
+    converted: dict[str, str] | None
     steps: int
     backend: str
     exact: bool
@@ -67,8 +69,8 @@ class Run:
 class Finetune:
     """The parts of a run, made and checked before anything is written."""
 
-    def __init__(self, config: FinetuneConfig, *, started: str | None = None) -> None:
-        self.config = config
+    def __init__(self, config: FinetuneConfig, *, started: str | None = None, say: Say = lambda line: None) -> None:
+        self.config, self.say = config, say
         self.started = started or datetime.now(UTC).isoformat(timespec="seconds")
         self.files: ModelFiles = open_model(config.model)
         self.backend = select_backend(config.backend)
@@ -155,14 +157,17 @@ class Finetune:
 
     def _tokenize(self, path: Path, split: str) -> Tokenized:
         train = self.config.train
-        return tokenize_rows(
-            read_rows(path, split),
+        made = tokenize_rows(
+            stream_rows(path, split, chat=self.tokenizer.chat_template is not None),
             self.tokenizer,
             max_length=self.max_length,
             loss_on=train.loss_on,
             too_long=train.too_long,
             now=datetime.fromisoformat(self.started),
         )
+        if said := conversion(made.converted):
+            self.say(f"{path}: {said}")
+        return made
 
     def trainer(self) -> Trainer:
         """The session with fresh adapters, and what is trained of it."""
@@ -240,13 +245,16 @@ def evaluate_loss(session: Session, dataset: TokenDataset, *, batch_size: int, m
     return total / dataset.trained_tokens
 
 
-def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None = None) -> Run:
-    """Trains, checkpoints and saves. `on_step` sees every event that the log gets, as it is written."""
+def finetune(
+    config: FinetuneConfig, *, on_step: Callable[[Event], None] | None = None, say: Say = lambda line: None
+) -> Run:
+    """Trains, checkpoints and saves. `on_step` sees every event that the log gets, as it is written; `say` is told what
+    the person who waits should know of the data."""
     assert config.out is not None, "a dry run is `plan`"
     out = config.out
     found = load_checkpoint(out) if out.exists() else None
     # A chat template may print the date: a resumed run sees the rows of the day on which it was started.
-    parts = Finetune(config, started=None if found is None else found.state.get("started"))
+    parts = Finetune(config, started=None if found is None else found.state.get("started"), say=say)
     if out.exists() and not config.resume and (found is not None or any(out.iterdir())):
         raise ConfigError("exists already", file=out, field="out", remedy="give --resume, or another directory")
     parts.backend.reset_peak_memory()
@@ -322,6 +330,7 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
         rows={"kept": counts.kept, "truncated": counts.truncated, "dropped": counts.dropped},
         unstopped=counts.unstopped,
         trained_share=parts.dataset.trained_tokens / parts.dataset.tokens,
+        converted=examples.converted,
         steps=parts.steps.total,
         backend=parts.backend.name,
         exact=parts.backend.exact,
