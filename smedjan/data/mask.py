@@ -16,16 +16,18 @@ nothing ever generates it.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from smedjan.data.chat_template import Span, marks_generation, render
-from smedjan.data.formats import Message, Row, Source
+from smedjan.data.example import Example
+from smedjan.data.formats import Message, Row
+from smedjan.data.tokens import Tokens, TokenWriter
 from smedjan.errors import DataError, TokenizerError
 
 LossOn = Literal["all", "completion", "last"]
@@ -52,27 +54,9 @@ class Tokenizer(Protocol):
     def chat_template(self) -> str | None: ...
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
     def encode_with_offsets(self, text: str, add_special_tokens: bool) -> tuple[list[int], list[tuple[int, int]]]: ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Example:
-    """One document: `input_ids` int32 [T] and `labels_mask` bool [T], true where the token is trained."""
-
-    input_ids: NDArray[np.int32]
-    labels_mask: NDArray[np.bool_]
-    source: Source
-    truncated: bool = False
-
-    def __post_init__(self) -> None:
-        assert self.input_ids.shape == self.labels_mask.shape, "one mask element a token"
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def trained_tokens(self) -> int:
-        """Predictions with a target. Nothing stands before the first token to predict it from, so it never counts."""
-        return int(np.count_nonzero(self.labels_mask[1:]))
+    def fingerprint(self) -> str:
+        """Equal where all that is said here is equal: for the cache of tokens."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +74,7 @@ class Counts:
 class Tokenized:
     """`converted`: what the rows were converted from and to, if they were."""
 
-    examples: tuple[Example, ...]
+    examples: Tokens
     counts: Counts
     converted: dict[str, str] | None = None
 
@@ -103,34 +87,36 @@ def tokenize_rows(
     loss_on: LossOn = "completion",
     too_long: TooLong = "error",
     now: datetime | None = None,
+    into: TokenWriter | None = None,
 ) -> Tokenized:
-    """Every row as an Example of at most `max_length` tokens.
+    """Every row as an Example of at most `max_length` tokens. They are written `into` files, or kept in memory.
 
     `too_long` says what happens to a longer row: "error", "truncate" (a prefix of it is kept; a row of which no trained
     token would remain is dropped, never its answer kept alone) or "drop".
     Raises DataError for a row that cannot be masked, and when no row is left.
     """
     assert too_long in get_args(TooLong), too_long
-    examples: list[Example] = []
-    dropped = unstopped = 0
+    writer = TokenWriter(lambda name: io.BytesIO()) if into is None else into
+    kept = truncated = dropped = unstopped = 0
     row = None
     for row in rows:
         example = fit(tokenize_row(row, tokenizer, loss_on=loss_on, now=now), max_length=max_length, too_long=too_long)
         if example is None:
             dropped += 1
             continue
-        examples.append(example)
+        writer.append(example)
+        kept += 1
+        truncated += example.truncated
         unstopped += not example.truncated and not stops(example, tokenizer)
     assert row is not None, "read_rows never gives no rows"
-    if not examples:
+    if not kept:
         raise DataError(
             f"no trained token: all {dropped} rows are longer than {max_length} tokens",
             file=row.file,
             remedy="raise --train.max-length, or use shorter rows",
         )
-    truncated = sum(example.truncated for example in examples)
-    counts = Counts(kept=len(examples), truncated=truncated, dropped=dropped, unstopped=unstopped)
-    return Tokenized(examples=tuple(examples), counts=counts, converted=row.converted)
+    counts = Counts(kept=kept, truncated=truncated, dropped=dropped, unstopped=unstopped)
+    return Tokenized(examples=writer.tokens(), counts=counts, converted=row.converted)
 
 
 def tokenize_row(

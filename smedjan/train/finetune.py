@@ -16,9 +16,10 @@ from smedjan.checkpoint.dtype import to_float32
 from smedjan.checkpoint.raw import RawTensor, specs_of
 from smedjan.checkpoint.run_dir import Checkpoint, load_checkpoint, save_checkpoint, sha256_of
 from smedjan.checkpoint.sizes import parse_size
+from smedjan.data.cache import tokenize_file
 from smedjan.data.dataset import Steps, TokenDataset
-from smedjan.data.formats import conversion, stream_rows
-from smedjan.data.mask import Tokenized, tokenize_rows
+from smedjan.data.formats import conversion
+from smedjan.data.mask import Tokenized
 from smedjan.errors import CheckpointError, ConfigError
 from smedjan.hf.export import save_model
 from smedjan.hf.hub import Say
@@ -157,13 +158,15 @@ class Finetune:
 
     def _tokenize(self, path: Path, split: str) -> Tokenized:
         train = self.config.train
-        made = tokenize_rows(
-            stream_rows(path, split, chat=self.tokenizer.chat_template is not None),
+        made = tokenize_file(
+            path,
+            split,
             self.tokenizer,
             max_length=self.max_length,
             loss_on=train.loss_on,
             too_long=train.too_long,
             now=datetime.fromisoformat(self.started),
+            say=self.say,
         )
         if said := conversion(made.converted):
             self.say(f"{path}: {said}")
@@ -347,6 +350,13 @@ def _due(every: int, step: int) -> bool:
 
 def _resume(parts: Finetune, trainer: Trainer, found: Checkpoint, out: Path) -> tuple[int, list[Event]]:
     for key, value in parts.state([]).items():
+        if key == "data_sha256" and found.state.get(key) != value:
+            raise CheckpointError(
+                f"the rows are not those that the run in {out} was started with (sha256 of their tokens)",
+                file=parts.config.data,
+                field="data",
+                remedy="bring back the file as it was, or start a new --out",
+            )
         if key != "history" and found.state.get(key) != value:
             raise CheckpointError(
                 f"the run was started with another {key}",

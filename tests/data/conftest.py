@@ -104,6 +104,9 @@ class SmallTokenizer:
         encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
         return encoding.ids, encoding.offsets
 
+    def fingerprint(self) -> str:
+        return repr((self.backend.to_str(), self.bos_token, self.eos_token, self.chat_template))
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
