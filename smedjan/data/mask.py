@@ -9,7 +9,8 @@ A token is *trained* when the model is taught to predict it. What is trained, by
 
 Prompt and completion are tokenised apart, so that the boundary is the one that generation will see. A conversation is
 rendered once and tokenised whole, with no added specials: the template writes them. Its assistant turns are the
-template's `{% generation %}` spans or, where it has none, what each turn adds to the rendered conversation before it.
+template's `{% generation %}` spans; those of a marked template that is shipped for it (`training_template`) and renders
+the same; or, where there is none, what each turn adds to the rendered conversation before it.
 The stop token that closes a turn (`<|im_end|>`) is trained; white space that the template writes after it is not, since
 nothing ever generates it.
 """
@@ -28,6 +29,7 @@ from smedjan.data.chat_template import Span, marks_generation, render
 from smedjan.data.example import Example
 from smedjan.data.formats import Message, Row
 from smedjan.data.tokens import Tokens, TokenWriter
+from smedjan.data.training_template import training_template
 from smedjan.errors import DataError, TokenizerError
 
 LossOn = Literal["all", "completion", "last"]
@@ -227,6 +229,8 @@ def _conversation(
         return ids, [True] * len(ids)
     if marks_generation(tokenizer.chat_template):
         spans = conversation.answers_marked(marked)
+    elif (shipped := conversation.with_marks(text)) is not None:
+        spans = shipped
     else:
         spans = conversation.answers_by_prefix(text, last_only=loss_on == "last")
     spans = [span for span in spans if span[0] < span[1]]
@@ -267,6 +271,16 @@ class _Conversation:
             return marked
         _, before = self.render(self.row.messages[: self.row.prompt_messages])
         return marked[len(before) :]
+
+    def with_marks(self, text: str) -> list[Span] | None:
+        """The spans of the marked template that is known for this one, if it renders this very text."""
+        known = training_template(self.template)
+        # A conversation that the assistant begins is refused below
+        if known is None or self.row.messages[0]["role"] == "assistant":
+            return None
+        marking = replace(self, template=known)
+        same, marked = marking.render(self.row.messages)
+        return marking.answers_marked(marked) if same == text else None
 
     def answers_by_prefix(self, text: str, last_only: bool) -> list[Span]:
         """Each assistant turn is what it adds: from the end of the conversation before it, with the generation prompt,
