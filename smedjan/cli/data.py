@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    file: Annotated[Path, Parameter(help="rows: jsonl, json, csv, parquet, arrow, or a folder of splits")],
+    file: Annotated[
+        Path, Parameter(help="rows: jsonl, json, csv, parquet, arrow, a folder of splits, or a hub data set")
+    ],
     /,
     *,
     model: Annotated[str, Parameter(help="whose tokenizer and chat template they are for")],
@@ -37,6 +39,7 @@ def inspect(
     """
     from smedjan.data.formats import conversion, stream_rows
     from smedjan.data.inspect import inspect_rows
+    from smedjan.hf.dataset_hub import data_path
     from smedjan.hf.load import open_model
     from smedjan.hf.tokenizer import load_tokenizer
     from smedjan.train.config import TrainConfig
@@ -47,7 +50,7 @@ def inspect(
     config = TrainConfig(max_length=max_length, loss_on=loss_on, too_long=too_long)
     tokenizer = load_tokenizer(files.path)
     found = inspect_rows(
-        stream_rows(file, split, chat=tokenizer.chat_template is not None),
+        stream_rows(data_path(file, split, common.note), split, chat=tokenizer.chat_template is not None),
         tokenizer,
         max_length=config.max_length_for(files.config.max_position_embeddings),
         loss_on=loss_on,

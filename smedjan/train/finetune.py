@@ -21,6 +21,7 @@ from smedjan.data.dataset import Steps, TokenDataset
 from smedjan.data.formats import conversion
 from smedjan.data.mask import Tokenized
 from smedjan.errors import CheckpointError, ConfigError
+from smedjan.hf.dataset_hub import data_path
 from smedjan.hf.export import save_model
 from smedjan.hf.hub import Say
 from smedjan.hf.load import ModelFiles, open_model, open_session
@@ -158,6 +159,7 @@ class Finetune:
 
     def _tokenize(self, path: Path, split: str) -> Tokenized:
         train = self.config.train
+        path = data_path(path, split, self.say)
         made = tokenize_file(
             path,
             split,
