@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smedjan.data.example import Example
@@ -46,6 +46,7 @@ def same(one: Example, other: Example) -> bool:
     )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(DOCUMENTS)
 def test_every_example_comes_back(documents: list) -> None:
     examples = examples_of(documents)

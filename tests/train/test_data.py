@@ -47,12 +47,12 @@ def test_a_run_from_the_cache_is_the_same_run(
     configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     hashes = set()
-    for where in ("off", str(tmp_path / "cache"), str(tmp_path / "cache")):
+    for number, where in enumerate(("off", str(tmp_path / "cache"), str(tmp_path / "cache"))):
         monkeypatch.setenv("SMEDJAN_CACHE", where)
-        hashes.add(finetune(configure(f"run{len(hashes)}{where[-3:]}{id(where)}", train__steps=3)).weights_sha256)
-        if any((tmp_path / "cache").glob("tokens/*")):
-            # From here on rows are read from the cache, or not at all
+        if number == 2:
+            # From the cache, or not at all
             monkeypatch.setattr(cache, "stream_rows", None)
+        hashes.add(finetune(configure(f"run{number}", train__steps=3)).weights_sha256)
     assert len(hashes) == 1
 
 
