@@ -15,6 +15,7 @@ from smedjan.data.formats import Row, read_rows
 from smedjan.data.mask import Example, tokenize_rows
 from smedjan.evaluate.stats import bootstrap_mean
 from smedjan.generate.loop import generate
+from smedjan.hf.dataset_hub import data_path
 from smedjan.hf.load import open_model, open_session, resolve
 from smedjan.hf.tokenizer import Tokenizer, load_tokenizer
 from smedjan.runtime.select import backend as select_backend
@@ -56,7 +57,7 @@ def evaluate(
     files = open_model(base)
     tokenizer = load_tokenizer(files.path)
     session = open_session(files, select_backend(backend), adapter=laid)
-    rows = read_rows(data, "test")[:limit]
+    rows = read_rows(data_path(data, "test"), "test", chat=tokenizer.chat_template is not None)[:limit]
     context = files.config.max_position_embeddings
     tokenized = tokenize_rows(rows, tokenizer, max_length=context)
     nll = evaluate_loss(session, TokenDataset(tokenized.examples), batch_size=BATCH, max_length=context)

@@ -220,7 +220,9 @@ class FinetuneConfig(Section):
     """A run of `smedjan finetune`."""
 
     model: str = field(metadata={"help": "model directory, run directory or hub id"})
-    data: Path = field(metadata={"help": "rows to train on: jsonl, json, csv, parquet, or a folder with a train file"})
+    data: Path = field(
+        metadata={"help": "rows to train on: jsonl, json, csv, parquet, arrow, a folder of splits, or a hub data set"}
+    )
     eval_data: Path | None = field(default=None, metadata={"help": "rows to evaluate on while training"})
     out: Path | None = field(default=None, metadata={"help": "run directory to write (a dry run needs none)"})
     method: Method = field(default="lora", metadata={"help": "what is trained; qlora: adapters of 4-bit weights"})

@@ -17,11 +17,14 @@ from smedjan.checkpoint.lock import RunLock, request_file
 from smedjan.checkpoint.raw import RawTensor, specs_of
 from smedjan.checkpoint.run_dir import Checkpoint, load_checkpoint, save_checkpoint, sha256_of
 from smedjan.checkpoint.sizes import parse_size
+from smedjan.data.cache import tokenize_file
 from smedjan.data.dataset import Steps, TokenDataset
-from smedjan.data.formats import read_rows
-from smedjan.data.mask import Tokenized, tokenize_rows
+from smedjan.data.formats import conversion
+from smedjan.data.mask import Tokenized
 from smedjan.errors import CheckpointError, ConfigError
+from smedjan.hf.dataset_hub import data_path
 from smedjan.hf.export import save_model
+from smedjan.hf.hub import Say
 from smedjan.hf.load import ModelFiles, open_model, open_session
 from smedjan.hf.peft import WEIGHTS as ADAPTER_WEIGHTS
 from smedjan.hf.peft import initial_adapter, write_adapter
@@ -56,13 +59,14 @@ class Interrupted(KeyboardInterrupt):
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What a run left behind. `rows` counts kept, truncated and dropped ones; `unstopped` of the kept, uncut ones train
-    no stop token; `trained_share` is of all tokens."""
+    no stop token; `trained_share` is of all tokens; `converted`: what the rows were converted from and to."""
 
     run_dir: Path
     weights_sha256: str
     rows: dict[str, int]
     unstopped: int
     trained_share: float
+    converted: dict[str, str] | None
     steps: int
     backend: str
     exact: bool
@@ -73,8 +77,8 @@ class Run:
 class Finetune:
     """The parts of a run, made and checked before anything is written."""
 
-    def __init__(self, config: FinetuneConfig, *, started: str | None = None) -> None:
-        self.config = config
+    def __init__(self, config: FinetuneConfig, *, started: str | None = None, say: Say = lambda line: None) -> None:
+        self.config, self.say = config, say
         self.started = started or datetime.now(UTC).isoformat(timespec="seconds")
         self.files: ModelFiles = open_model(config.model)
         self.backend = select_backend(config.backend)
@@ -161,14 +165,20 @@ class Finetune:
 
     def _tokenize(self, path: Path, split: str) -> Tokenized:
         train = self.config.train
-        return tokenize_rows(
-            read_rows(path, split),
+        path = data_path(path, split, self.say)
+        made = tokenize_file(
+            path,
+            split,
             self.tokenizer,
             max_length=self.max_length,
             loss_on=train.loss_on,
             too_long=train.too_long,
             now=datetime.fromisoformat(self.started),
+            say=self.say,
         )
+        if said := conversion(made.converted):
+            self.say(f"{path}: {said}")
+        return made
 
     def trainer(self, group: Collective | None = None) -> Trainer:
         """The session with fresh adapters, and what is trained of it."""
@@ -249,17 +259,20 @@ def evaluate_loss(
     return sum(interleaved(group.exchange(losses))) / dataset.trained_tokens
 
 
-def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None = None) -> Run:
-    """Trains, checkpoints and saves. `on_step` sees every event that the log gets, as it is written.
+def finetune(
+    config: FinetuneConfig, *, on_step: Callable[[Event], None] | None = None, say: Say = lambda line: None
+) -> Run:
+    """Trains, checkpoints and saves. `on_step` sees every event that the log gets, as it is written; `say` is told what
+    the person who waits should know of the data.
 
-    Of several processes (`together`) each makes its micro-batches' gradients; the first logs, saves, calls `on_step`.
+    Of several processes (`together`) each makes its micro-batches' gradients; the first logs, saves and speaks.
     """
     assert config.out is not None, "a dry run is `plan`"
     with together(select_backend(config.backend)) as group:
         if group.rank != 0:
-            return _finetune(config, config.out, group, None, None)
+            return _finetune(config, config.out, group, None, None, lambda line: None)
         with RunLock(config.out) as lock, tracked(config.train.track, config.out, on_step) as listener:
-            return _finetune(config, config.out, group, lock, listener)
+            return _finetune(config, config.out, group, lock, listener, say)
 
 
 def _finetune(
@@ -268,10 +281,11 @@ def _finetune(
     group: Collective,
     lock: RunLock | None,
     on_step: Callable[[Event], None] | None,
+    say: Say,
 ) -> Run:
     found = load_checkpoint(out) if out.exists() else None
     # A chat template may print the date: a resumed run sees the rows of the day on which it was started.
-    parts = Finetune(config, started=None if found is None else found.state.get("started"))
+    parts = Finetune(config, started=None if found is None else found.state.get("started"), say=say)
     if out.exists() and not config.resume and (found is not None or any(out.iterdir())):
         raise ConfigError("exists already", file=out, field="out", remedy="give --resume, or another directory")
     meter = Meter(parts.backend, config.dtype or parts.files.dtype)
@@ -369,6 +383,7 @@ def _finetune(
         rows={"kept": counts.kept, "truncated": counts.truncated, "dropped": counts.dropped},
         unstopped=counts.unstopped,
         trained_share=parts.dataset.trained_tokens / parts.dataset.tokens,
+        converted=examples.converted,
         steps=parts.steps.total,
         backend=parts.backend.name,
         exact=parts.backend.exact,
@@ -387,6 +402,13 @@ def _due(every: int, step: int) -> bool:
 
 def _resume(parts: Finetune, trainer: Trainer, found: Checkpoint, out: Path) -> tuple[int, list[Event]]:
     for key, value in parts.state([]).items():
+        if key == "data_sha256" and found.state.get(key) != value:
+            raise CheckpointError(
+                f"the rows are not those that the run in {out} was started with (sha256 of their tokens)",
+                file=parts.config.data,
+                field="data",
+                remedy="bring back the file as it was, or start a new --out",
+            )
         if key != "history" and found.state.get(key) != value:
             raise CheckpointError(
                 f"the run was started with another {key}",

@@ -79,7 +79,7 @@ TRAIN = ["finetune", "--model", "downloaded", "--data", "rows.jsonl", "--train.s
         (["graph", "downloaded", "--length", "16"], PLAN, True),
         (["graph", "downloaded", "--length", "16", "--decode", "--quantize", "int8"], PLAN, True),
         ([*TRAIN, "--dry-run"], PLAN, True),
-        ([*TRAIN, "--out", "json-run"], {"run_dir", "weights_sha256", "rows", "trained_share"}, True),
+        ([*TRAIN, "--out", "json-run"], {"run_dir", "weights_sha256", "rows", "trained_share", "converted"}, True),
         (
             ["generate", "downloaded", "7 is ", "--max-new-tokens", "2"],
             {"token_ids", "text", "finish_reason", "prompt_tokens", "tokens_per_s", "quantization"},
@@ -107,7 +107,7 @@ TRAIN = ["finetune", "--model", "downloaded", "--data", "rows.jsonl", "--train.s
         (
             ["data", "inspect", "rows.jsonl", "--model", "downloaded"],
             {
-                *("rows", "unstopped", "tokens", "trained_tokens", "trained_share", "longest", "lengths"),
+                *("rows", "unstopped", "converted", "tokens", "trained_tokens", "trained_share", "longest", "lengths"),
                 *("samples", "html"),
             },
             False,

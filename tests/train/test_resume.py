@@ -224,7 +224,7 @@ def test_resume_with_other_rows(configure, pairs, write_rows):
     rows = [json.loads(line) for line in lines]
     rows[7]["completion"] = "world 9"
     other = write_rows(rows, "other.jsonl")
-    with pytest.raises(SmedjanError, match="data_sha256"):
+    with pytest.raises(SmedjanError, match="the rows are not those"):
         smedjan.finetune(configure(data=str(other), train__steps=6, train__save_every=1, resume=True))
 
 
