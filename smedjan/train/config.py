@@ -61,6 +61,12 @@ class TrainConfig(Section):
         default=None, metadata={"help": "of the device, such as 24GB: what does not fit is recomputed or offloaded"}
     )
     fp8: bool = field(default=False, metadata={"help": "the blocks' linear layers in 8-bit floats (full, cuda_triton)"})
+    freeze: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "parts of names that are not trained, such as embed_tokens,layers.0 (full)"}
+    )
+    only: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "parts of names that alone are trained, such as layers.29,norm (full)"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -32,6 +32,7 @@ from smedjan.runtime.select import backend as select_backend
 from smedjan.runtime.session import Session
 from smedjan.train import fp8
 from smedjan.train.asked import asked
+from smedjan.train.chosen import check_method, chosen
 from smedjan.train.config import FinetuneConfig
 from smedjan.train.log import Event, RunLog
 from smedjan.train.step import Trainer
@@ -99,6 +100,8 @@ class Finetune:
             pad_to=PAD_TO,
         )
         self.lora = None
+        check_method(train, config.method)
+        self.names = chosen(list(self._shapes), train, self.files.config.tied())
         if config.method != "full":
             lora = config.lora
             self.lora = Lora(
@@ -177,7 +180,7 @@ class Finetune:
         session.fp8 = config.train.fp8
         if config.train.memory is not None:
             session.memory = parse_size(config.train.memory, "train.memory")
-        names = list(session.parameters)
+        names = self.names
         if self.lora is not None:
             fresh = initial_adapter(self.lora, self._shapes, config.seed)
             session.parameters.update({name: self.backend.from_raw(raw) for name, raw in fresh.items()})
@@ -311,7 +314,7 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
                 save(step + 1)
             if wanted.stop and not last:
                 raise Interrupted(f"stopped after step {step + 1}; go on with --resume")
-    weights = trainer.weights()
+    weights = trainer.weights() if parts.lora is not None else trainer.all_weights()
     _save_result(parts, weights, out)
     examples = parts.tokenized
     plan_hash = next(iter(trainer.session.programs.values())).plan_hash if trainer.session.programs else ""

@@ -40,6 +40,8 @@ FLAGS = {
             "--train.attention",
             "--train.fp8",
             "--train.memory",
+            "--train.freeze",
+            "--train.only",
             "--optim.name",
             "--optim.lr",
             "--optim.lr-pattern",
