@@ -67,6 +67,15 @@ class TrainConfig(Section):
     only: tuple[str, ...] | None = field(
         default=None, metadata={"help": "parts of names that alone are trained, such as layers.29,norm (full)"}
     )
+    z_loss: float = field(
+        default=0.0, metadata={"ge": 0, "help": "weight of the squared log-normaliser in training's loss, such as 1e-4"}
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"ge": 0, "lt": 1, "help": "share of each target that goes to all tokens alike"}
+    )
+    neftune: float = field(
+        default=0.0, metadata={"ge": 0, "help": "alpha of uniform noise on the embeddings, such as 5"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

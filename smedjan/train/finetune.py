@@ -177,7 +177,9 @@ class Finetune:
             attention=config.train.attention,
             quantized=config.method == "qlora",
         )
-        session.fp8 = config.train.fp8
+        train = config.train
+        session.fp8 = train.fp8
+        session.z_loss, session.label_smoothing, session.neftune = train.z_loss, train.label_smoothing, train.neftune
         if config.train.memory is not None:
             session.memory = parse_size(config.train.memory, "train.memory")
         names = self.names

@@ -20,9 +20,11 @@ def test_fused_op(name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", HEADS)
-def test_a_head_that_is_decomposed(name, dtype):
-    """Before it is differentiated, where its gradient would have been saved in the forward."""
-    HEADS[name][1].check(RULES, "log_softmax", dtype)
+def test_a_head(name, dtype):
+    """Cross-entropy is fused, whatever its terms; the others are decomposed before they are differentiated, where their
+    gradient would have been saved in the forward."""
+    op, case = HEADS[name]
+    case.check(RULES, op if op == "linear_cross_entropy" else "log_softmax", dtype)
 
 
 @pytest.mark.parametrize("name", LORA)
@@ -37,3 +39,4 @@ def test_cross_entropy_by_chunks_of_rows(grads, dtype, monkeypatch):
     """Chunks of four rows, of which the last has three."""
     monkeypatch.setattr(loss, "CHUNK_ROWS", 4)
     _loss(grads, rows=11).check(RULES, "linear_cross_entropy", dtype)
+    _loss(grads, rows=11, z_loss=0.05, smoothing=0.1).check(RULES, "linear_cross_entropy", dtype)
