@@ -53,8 +53,8 @@ def evaluate(
 ) -> EvalReport:
     """The model in `path` on rows of `data` (a folder's test split)."""
     base, laid = resolve(path, adapter)
-    files = open_model(base)
-    tokenizer = load_tokenizer(files.path)
+    files = open_model(base, laid)
+    tokenizer = load_tokenizer(files.tokenizer_path)
     session = open_session(files, select_backend(backend), adapter=laid)
     rows = read_rows(data, "test")[:limit]
     context = files.config.max_position_embeddings

@@ -20,11 +20,13 @@ from smedjan.data.dataset import Steps, TokenDataset
 from smedjan.data.formats import read_rows
 from smedjan.data.mask import Tokenized, tokenize_rows
 from smedjan.errors import CheckpointError, ConfigError
+from smedjan.hf import new_tokens
 from smedjan.hf.export import save_model
 from smedjan.hf.load import ModelFiles, open_model, open_session
 from smedjan.hf.peft import WEIGHTS as ADAPTER_WEIGHTS
 from smedjan.hf.peft import initial_adapter, write_adapter
 from smedjan.hf.tokenizer import load_tokenizer
+from smedjan.hf.whole_modules import parameters_named
 from smedjan.optim.adamw import AdamW, named
 from smedjan.optim.schedule import factor
 from smedjan.passes.lora import Lora
@@ -82,6 +84,9 @@ class Finetune:
                 file=self.files.path / "tokenizer.json",
                 remedy="use the tokenizer that belongs to the model",
             )
+        self.tokenizer_files: dict[str, bytes] = {}
+        if config.train.new_tokens is not None:
+            self._add_tokens(config.train.new_tokens)
         self.max_length = config.train.max_length_for(self.files.config.max_position_embeddings)
         self.tokenized = self._tokenize(config.data, "train")
         self.dataset = TokenDataset(self.tokenized.examples)
@@ -102,8 +107,15 @@ class Finetune:
         self.lora = None
         check_method(train, config.method)
         self.names = chosen(list(self._shapes), train, self.files.config.tied())
+        for name in (self.files.config.embedding, self.files.config.head) if self.tokenizer_files else ():
+            if name not in self.names:
+                raise ConfigError(
+                    f"{name} is frozen, and new tokens are rows of it", field="train.new_tokens", remedy="train it"
+                )
+        self.whole: tuple[str, ...] = ()
         if config.method != "full":
             lora = config.lora
+            self.whole = self._whole_modules()
             self.lora = Lora(
                 rank=lora.rank,
                 alpha=lora.alpha,
@@ -139,6 +151,18 @@ class Finetune:
                             field=field,
                             remedy="see smedjan graph for the names, and --lora.targets",
                         )
+
+    def _add_tokens(self, tokens: tuple[str, ...]) -> None:
+        self.tokenizer, ids = new_tokens.with_tokens(self.tokenizer, tokens)
+        self.tokenizer_files = new_tokens.tokenizer_files(self.tokenizer, tokens, ids)
+        self.files = new_tokens.with_rows(self.files, ids, self.config.seed)
+
+    def _whole_modules(self) -> tuple[str, ...]:
+        """The weights that are trained whole beside adapters: those asked for, and those that have new rows."""
+        model = self.files.config
+        asked = parameters_named(self.config.lora.modules_to_save or (), model, "lora.modules_to_save")
+        grown = (model.embedding, model.head) if self.tokenizer_files else ()
+        return tuple(name for name in dict.fromkeys((model.embedding, model.head)) if name in (*asked, *grown))
 
     def _adapted_layers(self, last: int | None) -> tuple[int, ...] | None:
         count = self.files.config.num_hidden_layers
@@ -186,7 +210,10 @@ class Finetune:
         if self.lora is not None:
             fresh = initial_adapter(self.lora, self._shapes, config.seed)
             session.parameters.update({name: self.backend.from_raw(raw) for name, raw in fresh.items()})
-            session.lora, names = self.lora, list(fresh)
+            # In the order of PEFT's parameters: the embedding first, a head last.
+            head = [name for name in self.whole if name != self.files.config.embedding]
+            first = [name for name in self.whole if name not in head]
+            session.lora, names = self.lora, [*first, *fresh, *head]
         optim = config.optim
         adamw = AdamW(
             beta1=optim.beta1,
@@ -356,9 +383,13 @@ def _resume(parts: Finetune, trainer: Trainer, found: Checkpoint, out: Path) -> 
 
 def _save_result(parts: Finetune, weights: Mapping[str, RawTensor], out: Path) -> None:
     if parts.lora is None:
-        save_model(out, parts.files.data, weights, parts.files.path, into_run=True)
+        made = parts.tokenizer_files
+        save_model(out, parts.files.data, weights, parts.files.path, extra_files=made, into_run=True)
         return
-    write_adapter(out, parts.lora, weights, base=str(parts.config.model))
+    if parts.tokenizer_files:
+        for name, content in {**new_tokens.files_of(parts.files.path), **parts.tokenizer_files}.items():
+            write_atomic(out / name, content)
+    write_adapter(out, parts.lora, weights, base=str(parts.config.model), tied=parts.files.config.tied())
 
 
 def _fp8_errors(parts: Finetune, trainer: Trainer, start: int) -> fp8.Errors:

@@ -45,6 +45,8 @@ FLAGS = {
             "--train.z-loss",
             "--train.label-smoothing",
             "--train.neftune",
+            "--train.new-tokens",
+            "--lora.modules-to-save",
             "--optim.name",
             "--optim.lr",
             "--optim.lr-pattern",
