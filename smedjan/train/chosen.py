@@ -15,10 +15,12 @@ from smedjan.train.config import TrainConfig
 FREEZE, ONLY = "train.freeze", "train.only"
 
 
-def chosen(names: Sequence[str], train: TrainConfig, tied: Mapping[str, str]) -> list[str]:
+def chosen(
+    names: Sequence[str], train: TrainConfig, tied: Mapping[str, str], *, grown: Sequence[str] = ()
+) -> list[str]:
     """Those of `names` that are trained, in their order. `tied`: {second name: parameter} (`DecoderConfig.tied`).
 
-    A pattern that is in no name is an error, and so is a run that trains nothing.
+    A pattern that is in no name is an error, and so is a run that trains nothing, or not what has new rows (`grown`).
     """
     found = {}
     for field, patterns in ((FREEZE, train.freeze), (ONLY, train.only)):
@@ -30,6 +32,11 @@ def chosen(names: Sequence[str], train: TrainConfig, tied: Mapping[str, str]) ->
         raise ConfigError(
             "every parameter is frozen", field=FREEZE if train.freeze else ONLY, remedy="leave some to train"
         )
+    for name in grown:
+        if name not in kept:
+            raise ConfigError(
+                f"{name} is frozen, and new tokens are rows of it", field="train.new_tokens", remedy="train it"
+            )
     return kept
 
 

@@ -106,12 +106,9 @@ class Finetune:
         )
         self.lora = None
         check_method(train, config.method)
-        self.names = chosen(list(self._shapes), train, self.files.config.tied())
-        for name in (self.files.config.embedding, self.files.config.head) if self.tokenizer_files else ():
-            if name not in self.names:
-                raise ConfigError(
-                    f"{name} is frozen, and new tokens are rows of it", field="train.new_tokens", remedy="train it"
-                )
+        model = self.files.config
+        grown = (model.embedding, model.head) if self.tokenizer_files else ()
+        self.names = chosen(list(self._shapes), train, model.tied(), grown=grown)
         self.whole: tuple[str, ...] = ()
         if config.method != "full":
             lora = config.lora
