@@ -20,6 +20,7 @@ from smedjan.generate.sampling import Sampling
 from smedjan.hf.export import save_model
 from smedjan.hf.import_model import ImportReport, import_model
 from smedjan.hf.load import ModelFiles, open_model, open_session, resolve
+from smedjan.hf.new_tokens import files_of
 from smedjan.hf.parity import ParityReport, parity
 from smedjan.hf.peft import MergeReport, merged_weights, read_adapter
 from smedjan.hf.tokenizer import Tokenizer, load_tokenizer
@@ -62,7 +63,7 @@ class Model:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.files.path)
+        return load_tokenizer(self.files.tokenizer_path)
 
     def logits(self, input_ids: Any, attention_mask: Any = None) -> np.ndarray:
         """float32 [batch, seq, vocab]; bfloat16 results are widened, no bit lost."""
@@ -149,7 +150,7 @@ def load(
     if attention not in ("sdpa", "eager"):
         raise ConfigError(f"is {attention!r}", field="attention", remedy="give sdpa or eager")
     base, laid = resolve(path, adapter)
-    files = open_model(base)
+    files = open_model(base, laid)
     session = open_session(files, chosen, dtype=dtype, attention=attention, adapter=laid, int8=quantize is not None)
     return Model(files, session)
 
@@ -157,13 +158,15 @@ def load(
 def merge(base: str | Path, adapter: str | Path, out: str | Path, *, dtype: str | None = None) -> MergeReport:
     """A new model directory with the adapter's product added to the weights, in float32, rounded once.
 
+    Embeddings and heads that the adapter holds whole replace the base's, and so does its tokenizer with new tokens.
     The base is the model as it is stored, also for an adapter that was trained on its 4-bit weights (`qlora`).
     """
-    files = open_model(base)
+    files = open_model(base, Path(adapter))
     lora, tensors = read_adapter(Path(adapter))
     chosen = dtype or files.dtype
     weights, merged, largest = merged_weights(files.tensors, lora, tensors, chosen)
-    save_model(Path(out), files.data, weights, files.path)
+    made = {} if files.own_tokenizer is None else files_of(files.own_tokenizer)
+    save_model(Path(out), files.data, weights, files.path, extra_files=made)
     return MergeReport(
         out=str(out), dtype=chosen, merged=merged, largest_change=largest, weights_sha256=sha256_of(weights)
     )

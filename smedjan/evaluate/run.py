@@ -54,8 +54,8 @@ def evaluate(
 ) -> EvalReport:
     """The model in `path` on rows of `data` (a folder's test split)."""
     base, laid = resolve(path, adapter)
-    files = open_model(base)
-    tokenizer = load_tokenizer(files.path)
+    files = open_model(base, laid)
+    tokenizer = load_tokenizer(files.tokenizer_path)
     session = open_session(files, select_backend(backend), adapter=laid)
     rows = read_rows(data_path(data, "test"), "test", chat=tokenizer.chat_template is not None)[:limit]
     context = files.config.max_position_embeddings

@@ -43,6 +43,8 @@ class Session:
     held as `int8_specs`, for inference alone.
     fp8     training takes the products of the blocks' linear layers of 8-bit floats. What measures or uses the model
             does not: its weights stay as they are stored, and others compute with them in their dtype
+    z_loss, label_smoothing, neftune   of training's loss and embeddings (`linear_cross_entropy`, `noised`); a loss that
+            is not differentiated is the plain one
     """
 
     backend: Backend
@@ -56,6 +58,9 @@ class Session:
     quantized: tuple[str, ...] = ()
     fp8: bool = False
     int8: tuple[str, ...] = ()
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    neftune: float = 0.0
 
     def __post_init__(self) -> None:
         self.programs: dict[Any, Program] = {}
@@ -139,12 +144,19 @@ class Session:
         """loss and grad.NAME for each name; with `accumulate`, each is added to the input total of the same name."""
         key = ("micro", form, tuple(wrt), accumulate)
         if key not in self.programs:
-            decoder = Decoder(self.config, form, early=self.lora is None or self.lora.dropout == 0)
+            train = bool(wrt)
+            decoder = Decoder(
+                self.config,
+                form,
+                early=self.lora is None or self.lora.dropout == 0,
+                neftune=self.neftune if train else 0.0,
+            )
             names = {self.config.tied().get(name, name) for name in wrt}
             head = self.config.head
             grads = ("x" if names - {head} or head == self.config.embedding else "") + ("w" if head in names else "")
-            decoder.graph.output("loss", decoder.loss(grads))
-            graph = self.forward(decoder, train=bool(wrt))
+            terms = {"z_loss": self.z_loss, "smoothing": self.label_smoothing} if train else {}
+            decoder.graph.output("loss", decoder.loss(grads, **terms))
+            graph = self.forward(decoder, train=train)
             self._differentiate(graph, wrt, accumulate)
             self.programs[key] = self.finish(graph)
         return self.programs[key]

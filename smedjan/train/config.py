@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from smedjan.errors import ConfigError, nearest
-from smedjan.train.flags import Flag, Section, flags_of, read
+from smedjan.train.flags import Flag, Section, flags_of, listed, read
 
 Method = Literal["full", "lora", "qlora"]
 
@@ -69,9 +69,28 @@ class TrainConfig(Section):
         default=None, metadata={"help": "of the device, such as 24GB: what does not fit is recomputed or offloaded"}
     )
     fp8: bool = field(default=False, metadata={"help": "the blocks' linear layers in 8-bit floats (full, cuda_triton)"})
+    freeze: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "parts of names that are not trained, such as embed_tokens,layers.0 (full)"}
+    )
+    only: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "parts of names that alone are trained, such as layers.29,norm (full)"}
+    )
+    new_tokens: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "tokens to add, by commas, or @FILE with one a line; their rows are trained"}
+    )
+    z_loss: float = field(
+        default=0.0, metadata={"ge": 0, "help": "weight of the squared log-normaliser in training's loss, such as 1e-4"}
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"ge": 0, "lt": 1, "help": "share of each target that goes to all tokens alike"}
+    )
+    neftune: float = field(
+        default=0.0, metadata={"ge": 0, "help": "alpha of uniform noise on the embeddings, such as 5"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "new_tokens", listed(self.new_tokens, "train.new_tokens"))
         if self.steps is not None and self.epochs is not None:
             raise ConfigError(
                 f"both steps ({self.steps}) and epochs ({self.epochs:g}) are given",
@@ -194,6 +213,9 @@ class LoraConfig(Section):
     targets: tuple[str, ...] | None = field(
         default=None,
         metadata={"help": "names of the modules that get an adapter, by commas (default all linear ones)"},
+    )
+    modules_to_save: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "trained whole beside the adapters: embed_tokens,lm_head"}
     )
     last_layers: int | None = field(
         default=None,

@@ -22,6 +22,7 @@ from smedjan.data.dataset import Steps, TokenDataset
 from smedjan.data.formats import conversion
 from smedjan.data.mask import Tokenized
 from smedjan.errors import CheckpointError, ConfigError
+from smedjan.hf import new_tokens
 from smedjan.hf.dataset_hub import data_path
 from smedjan.hf.export import save_model
 from smedjan.hf.hub import Say
@@ -29,6 +30,7 @@ from smedjan.hf.load import ModelFiles, open_model, open_session
 from smedjan.hf.peft import WEIGHTS as ADAPTER_WEIGHTS
 from smedjan.hf.peft import initial_adapter, write_adapter
 from smedjan.hf.tokenizer import load_tokenizer
+from smedjan.hf.whole_modules import parameters_named
 from smedjan.optim.adamw import AdamW, named
 from smedjan.optim.schedule import factor
 from smedjan.passes.lora import Lora
@@ -36,6 +38,7 @@ from smedjan.runtime.select import backend as select_backend
 from smedjan.runtime.session import Session
 from smedjan.train import fp8
 from smedjan.train.asked import asked
+from smedjan.train.chosen import check_method, chosen
 from smedjan.train.config import FinetuneConfig
 from smedjan.train.header import header
 from smedjan.train.log import Event, RunLog
@@ -91,6 +94,9 @@ class Finetune:
                 file=self.files.path / "tokenizer.json",
                 remedy="use the tokenizer that belongs to the model",
             )
+        self.tokenizer_files: dict[str, bytes] = {}
+        if config.train.new_tokens is not None:
+            self._add_tokens(config.train.new_tokens)
         self.max_length = config.train.max_length_for(self.files.config.max_position_embeddings)
         self.tokenized = self._tokenize(config.data, "train")
         self.dataset = TokenDataset(self.tokenized.examples)
@@ -109,8 +115,14 @@ class Finetune:
             pad_to=PAD_TO,
         )
         self.lora = None
+        check_method(train, config.method)
+        model = self.files.config
+        grown = (model.embedding, model.head) if self.tokenizer_files else ()
+        self.names = chosen(list(self._shapes), train, model.tied(), grown=grown)
+        self.whole: tuple[str, ...] = ()
         if config.method != "full":
             lora = config.lora
+            self.whole = self._whole_modules()
             self.lora = Lora(
                 rank=lora.rank,
                 alpha=lora.alpha,
@@ -146,6 +158,18 @@ class Finetune:
                             field=field,
                             remedy="see smedjan graph for the names, and --lora.targets",
                         )
+
+    def _add_tokens(self, tokens: tuple[str, ...]) -> None:
+        self.tokenizer, ids = new_tokens.with_tokens(self.tokenizer, tokens)
+        self.tokenizer_files = new_tokens.tokenizer_files(self.tokenizer, tokens, ids)
+        self.files = new_tokens.with_rows(self.files, ids, self.config.seed)
+
+    def _whole_modules(self) -> tuple[str, ...]:
+        """The weights that are trained whole beside adapters: those asked for, and those that have new rows."""
+        model = self.files.config
+        asked = parameters_named(self.config.lora.modules_to_save or (), model, "lora.modules_to_save")
+        grown = (model.embedding, model.head) if self.tokenizer_files else ()
+        return tuple(name for name in dict.fromkeys((model.embedding, model.head)) if name in (*asked, *grown))
 
     def _adapted_layers(self, last: int | None) -> tuple[int, ...] | None:
         count = self.files.config.num_hidden_layers
@@ -190,14 +214,19 @@ class Finetune:
             attention=config.train.attention,
             quantized=config.method == "qlora",
         )
-        session.fp8 = config.train.fp8
+        train = config.train
+        session.fp8 = train.fp8
+        session.z_loss, session.label_smoothing, session.neftune = train.z_loss, train.label_smoothing, train.neftune
         if config.train.memory is not None:
             session.memory = parse_size(config.train.memory, "train.memory")
-        names = list(session.parameters)
+        names = self.names
         if self.lora is not None:
             fresh = initial_adapter(self.lora, self._shapes, config.seed)
             session.parameters.update({name: self.backend.from_raw(raw) for name, raw in fresh.items()})
-            session.lora, names = self.lora, list(fresh)
+            # In the order of PEFT's parameters: the embedding first, a head last.
+            head = [name for name in self.whole if name != self.files.config.embedding]
+            first = [name for name in self.whole if name not in head]
+            session.lora, names = self.lora, [*first, *fresh, *head]
         optim = config.optim
         adamw = AdamW(
             beta1=optim.beta1,
@@ -371,7 +400,7 @@ def _finetune(
                 wanted.saved()
             if stop and not last:
                 raise Interrupted(f"stopped after step {step + 1}; go on with --resume")
-    weights = trainer.weights()
+    weights = trainer.weights() if parts.lora is not None else trainer.all_weights()
     if group.rank == 0:
         _save_result(parts, weights, out)
     examples = parts.tokenized
@@ -422,9 +451,13 @@ def _resume(parts: Finetune, trainer: Trainer, found: Checkpoint, out: Path) -> 
 
 def _save_result(parts: Finetune, weights: Mapping[str, RawTensor], out: Path) -> None:
     if parts.lora is None:
-        save_model(out, parts.files.data, weights, parts.files.path, into_run=True)
+        made = parts.tokenizer_files
+        save_model(out, parts.files.data, weights, parts.files.path, extra_files=made, into_run=True)
         return
-    write_adapter(out, parts.lora, weights, base=str(parts.config.model))
+    if parts.tokenizer_files:
+        for name, content in {**new_tokens.files_of(parts.files.path), **parts.tokenizer_files}.items():
+            write_atomic(out / name, content)
+    write_adapter(out, parts.lora, weights, base=str(parts.config.model), tied=parts.files.config.tied())
 
 
 def _fp8_errors(parts: Finetune, trainer: Trainer, start: int) -> fp8.Errors:

@@ -125,6 +125,10 @@ class Trainer:
         """The trained parameters, on the host."""
         return {name: self.session.backend.to_raw(self.session.parameters[name]) for name in self.names}
 
+    def all_weights(self) -> dict[str, RawTensor]:
+        """Those and the frozen ones, in the model's order."""
+        return {name: self.session.backend.to_raw(array) for name, array in self.session.parameters.items()}
+
     def optimizer_state(self) -> dict[str, RawTensor]:
         """This process's share of it, on the host: all of it, where there is one."""
         specs = {name: Spec(*kept) for name, kept in self.optimizer.state(self.shapes).items()}

@@ -23,10 +23,12 @@ NEEDED: dict[str, object] = {"model": "m", "data": "d.jsonl", "out": "o"}
 FLAGS = """model data eval-data out method resume dry-run seed backend dtype
 train.steps train.epochs train.batch-size train.grad-accum train.max-length train.packing train.loss-on train.too-long
 train.save-every train.keep train.eval-every train.sample-every train.sample-prompts train.track
-train.attention train.fp8 train.memory
+train.attention train.fp8 train.memory train.freeze train.only
+train.z-loss train.label-smoothing train.neftune train.new-tokens
 optim.name optim.lr optim.lr-pattern optim.weight-decay optim.master optim.clip optim.schedule optim.warmup
 optim.state optim.rounding optim.cycles optim.beta1 optim.beta2 optim.eps
 lora.rank lora.alpha lora.dropout lora.targets lora.last-layers
+lora.modules-to-save
 lora.rslora lora.rank-pattern lora.alpha-pattern"""
 
 
