@@ -18,6 +18,10 @@ ROOT = Path(__file__).parents[2]
 
 COMMON = {"--json", "--quiet", "--backend", "--interpret"}
 
+KNOBS = {
+    *("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed", "--stop"),
+}
+
 # Names here are fixed: add freely, change only with a deprecation
 FLAGS = {
     "import": {"--dtype", "--ignore-key", "--max-shard-size"},
@@ -64,10 +68,7 @@ FLAGS = {
         *("--lora.rslora", "--lora.rank-pattern", "--lora.alpha-pattern"),
     },
     "merge": {"--dtype"},
-    "generate": {
-        *("--adapter", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
-        *("--repetition-penalty", "--seed", "--dtype", "--quantize"),
-    },
+    "generate": {"--adapter", "--dtype", "--quantize"} | KNOBS,
     "eval": {"--data", "--adapter", "--limit"},
     "data inspect": {"--model", "--split", "--rows", "--max-length", "--loss-on", "--too-long", "--html"},
     "run save": {"--timeout"},
