@@ -69,7 +69,7 @@ FLAGS = {
     },
     "merge": {"--dtype"},
     "generate": {"--adapter", "--dtype", "--quantize"} | KNOBS,
-    "eval": {"--data", "--adapter", "--limit"},
+    "eval": {"--data", "--task", "--adapter", "--against", "--limit", "--predictions", "--batch-size"} | KNOBS,
     "data inspect": {"--model", "--split", "--rows", "--max-length", "--loss-on", "--too-long", "--html"},
     "run save": {"--timeout"},
     "info": set(),
