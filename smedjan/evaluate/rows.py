@@ -20,7 +20,6 @@ from typing import Any
 
 from smedjan.data.files import Source, data_files, read_records
 from smedjan.data.formats import KNOWN_COLUMNS, Message, Row, row_of
-from smedjan.errors import TokenizerError
 from smedjan.errors import DataError
 from smedjan.hf.tokenizer import Tokenizer
 
@@ -100,31 +99,6 @@ def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     # Some tokenizers close every text.
     closed = ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(tokenizer.eos_token or "\0")
     return ids[:-1] if closed else ids
-
-
-def template_stops(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The special token that the chat template writes behind an answer, if it does: models are trained to end with it,
-    whatever generation_config.json says."""
-    if tokenizer.chat_template is None:
-        return ()
-    mark = "Answer."
-    messages = [{"role": "user", "content": "Question?"}, {"role": "assistant", "content": mark}]
-    text, _ = tokenizer.apply_chat_template(messages)
-    behind = tokenizer.encode(text.rpartition(mark)[2], add_special_tokens=False)
-    added = tokenizer.backend.get_added_tokens_decoder()
-    first = behind[:1]
-    return tuple(token for token in first if token in added and added[token].special)
-
-
-def check_template(tokenizer: Tokenizer) -> None:
-    """Conversations need a template."""
-    if tokenizer.chat_template is None:
-        raise TokenizerError(
-            "has no chat template",
-            file=tokenizer.path,
-            field="chat_template",
-            remedy="use an instruct model, or add chat_template.jinja to it",
-        )
 
 
 def _type(row: EvalRow) -> str:

@@ -13,9 +13,10 @@ from smedjan.data.collate import collate
 from smedjan.data.formats import Row
 from smedjan.data.mask import Example, tokenize_rows
 from smedjan.evaluate.answers import judged
-from smedjan.evaluate.rows import Choice, Question, asked, check_template, prompt_ids, template_stops
+from smedjan.evaluate.rows import Choice, Question, asked, prompt_ids
 from smedjan.evaluate.score import BATCH, Progress, example_losses, score_pairs
 from smedjan.generate.batch import LOGITS, generate_many, grouped
+from smedjan.generate.chat import template_stops
 from smedjan.generate.sampling import Sampling
 from smedjan.generate.text import TextStream
 from smedjan.hf.tokenizer import Tokenizer
@@ -229,8 +230,6 @@ def _decoded(
 
 def _prompt(tokenizer: Tokenizer, row: Choice | Question | Row) -> list[int]:
     prompt = row.prompt if isinstance(row, Choice) else (asked(row) or ("",))[0]
-    if not isinstance(prompt, str):
-        check_template(tokenizer)
     ids = prompt_ids(tokenizer, prompt)
     if not ids:
         raise row.source.error("its prompt is no token", "write a prompt")

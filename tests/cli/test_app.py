@@ -69,6 +69,7 @@ FLAGS = {
     },
     "merge": {"--dtype"},
     "generate": {"--adapter", "--dtype", "--quantize"} | KNOBS,
+    "chat": {"--adapter", "--system", "--dtype"} | KNOBS,
     "eval": {"--data", "--task", "--adapter", "--against", "--limit", "--predictions", "--batch-size"} | KNOBS,
     "data inspect": {"--model", "--split", "--rows", "--max-length", "--loss-on", "--too-long", "--html"},
     "run save": {"--timeout"},
