@@ -95,7 +95,8 @@ def score_pairs(
     batch_size: int = BATCH,
     on_row: Progress | None = None,
 ) -> list[Score]:
-    """Each continuation, given its context; both have a token at least, and they fit into the model together.
+    """Each continuation, given its context. Both have a token at least; together they may be one more than the model
+    has places for, since the last one is predicted and not read.
 
     A context that several continuations follow is computed once, over a cache, where that spares enough.
     """
@@ -106,6 +107,9 @@ def score_pairs(
     apart: list[int] = []
     for given, indices in together.items():
         continuations = [pairs[index][1] for index in indices]
+        if len(given) + max(map(len, continuations)) > session.config.max_position_embeddings:
+            scores.update({index: _score_full(session, given, pairs[index][1]) for index in indices})
+            continue
         if len(given) * (len(indices) - 1) < SHARED or not _cacheable(session, given, continuations):
             apart.extend(indices)
             continue
@@ -154,6 +158,15 @@ def _score_shared(session: Session, context: Sequence[int], continuations: Seque
         logits = to_float32(raw).reshape(-1, raw.shape[-1])[: len(tokens)]
         scores.append(_score(*_picked(logits, np.asarray(tokens, dtype=np.int64))))
     return scores
+
+
+def _score_full(session: Session, context: Sequence[int], continuation: Sequence[int]) -> Score:
+    """All but the last token as one block over an empty cache, which fills the context at most."""
+    tokens = [*context, *continuation[:-1]]
+    cache = Cache(session, batch=1, capacity=-(-len(tokens) // CAPACITY_STEP) * CAPACITY_STEP)
+    raw = session.backend.to_raw(cache.feed(np.asarray([tokens])))
+    logits = to_float32(raw).reshape(-1, raw.shape[-1])[len(context) - 1 :]
+    return _score(*_picked(logits, np.asarray(continuation, dtype=np.int64)))
 
 
 def _feed(cache: Cache, tokens: Sequence[int], *, last: bool = False):

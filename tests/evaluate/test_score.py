@@ -71,6 +71,19 @@ def test_a_shared_prompt_in_families_that_count_or_mask_otherwise(family, monkey
     )
 
 
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "phi3"])
+def test_a_last_token_that_the_context_does_not_hold(family):
+    """Predicted from a full context: the same as behind one token less, where that can be asked."""
+    session = make_session_of(make_model(family, next(iter(CASES[family].values())), attention="eager"))
+    room = session.config.max_position_embeddings
+    ids = [5 + index % 60 for index in range(room)]
+    (full,) = score_pairs(session, [(ids[:-2], [*ids[-2:], 7])])
+    (less,) = score_pairs(session, [(ids[:-2], ids[-2:])])
+    (last,) = score_pairs(session, [(ids, [7])])
+    assert full.logprob == pytest.approx(less.logprob + last.logprob, rel=1e-5)
+    assert full.tokens == 3
+
+
 def test_a_shared_prompt_is_computed_once(monkeypatch):
     session, fed = make_session(make_peer()), []
     feed = module.Cache.feed

@@ -143,7 +143,7 @@ def test_a_full_context_ends_the_answer_and_the_next_is_refused(model):
     assert turn.prompt_tokens + len(turn.token_ids) == 64
     before = list(chat.messages)
     with pytest.raises(ConfigError, match="tokens long, and the context ends at 64; begin a new one"):
-        chat.say("hello")
+        chat.say("word " * 60)
     assert chat.messages == before
     chat.reset()
     assert chat.say("hello").text
