@@ -34,6 +34,10 @@ def chat(
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None, Parameter(help="of the computation (default: as stored)")
     ] = None,
+    quantize: Annotated[
+        Literal["int8"] | None,
+        Parameter(help="hold linear layers and head in 8 bits: smaller, faster, off by a little"),
+    ] = None,
     knobs: Knobs = KNOBS,
     common: Common = COMMON,
 ) -> Outcome:
@@ -47,7 +51,7 @@ def chat(
     from smedjan.generate.chat import Chat
 
     sampling = knobs.sampling()
-    loaded = load(model, backend=common.backend, dtype=dtype, adapter=adapter)
+    loaded = load(model, backend=common.backend, dtype=dtype, adapter=adapter, quantize=quantize)
     talk = Chat(
         loaded.session,
         loaded.tokenizer,

@@ -69,7 +69,7 @@ FLAGS = {
     },
     "merge": {"--dtype"},
     "generate": {"--adapter", "--dtype", "--quantize"} | KNOBS,
-    "chat": {"--adapter", "--system", "--dtype"} | KNOBS,
+    "chat": {"--adapter", "--system", "--dtype", "--quantize"} | KNOBS,
     "eval": {"--data", "--task", "--adapter", "--against", "--limit", "--predictions", "--batch-size"} | KNOBS,
     "data inspect": {"--model", "--split", "--rows", "--max-length", "--loss-on", "--too-long", "--html"},
     "run save": {"--timeout"},

@@ -64,6 +64,8 @@ def test_a_pipe_of_text(tiny, capsys, monkeypatch):  # noqa: F811
     quiet, again, silent = through_a_pipe([str(tiny), *FLAGS, "--quiet"], ["hello", "world"], capsys, monkeypatch)
     assert (quiet, silent) == (0, "")
     assert again == out
+    eight, _, _ = through_a_pipe([str(tiny), *FLAGS, "--quantize", "int8"], ["hello"], capsys, monkeypatch)
+    assert eight == 0
 
 
 def test_no_template_is_one_line_and_code_2(tiny, tmp_path, capsys, monkeypatch):  # noqa: F811
