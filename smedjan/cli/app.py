@@ -10,6 +10,7 @@ from cyclopts import App, CycloptsError
 from cyclopts.exceptions import MissingArgumentError, UnknownCommandError, UnknownOptionError
 
 import smedjan
+from smedjan.cli.chat import chat
 from smedjan.cli.data import inspect
 from smedjan.cli.doctor_command import doctor
 from smedjan.cli.evaluate import evaluate
@@ -36,6 +37,7 @@ VERBS: dict[str, Callable[..., Outcome]] = {
     "finetune": finetune,
     "merge": merge,
     "generate": generate,
+    "chat": chat,
     "eval": evaluate,
     "data inspect": inspect,
     "run save": save,

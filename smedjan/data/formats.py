@@ -24,6 +24,7 @@ from smedjan.data.files import SPLITS, SUFFIXES, Source, data_files, has_surroga
 from smedjan.errors import DataError
 
 __all__ = [
+    "KNOWN_COLUMNS",
     "SPLITS",
     "SUFFIXES",
     "Kind",
@@ -45,8 +46,8 @@ _ROW_TYPES: dict[Kind, tuple[str, ...]] = {
     "prompt+completion": ("prompt", "completion"),
     "messages": ("messages",),
 }
-_KNOWN_COLUMNS = {"text", "prompt", "completion", "messages", "tools", "label"}
-_KNOWN_COLUMNS |= {"chosen", "rejected", *COLUMNS}
+KNOWN_COLUMNS = {"text", "prompt", "completion", "messages", "tools", "label"}
+KNOWN_COLUMNS |= {"chosen", "rejected", *COLUMNS}
 """The columns that say what a row is; a table's others are not even decoded."""
 _ONE_TYPE = "give every row `text`, `prompt` + `completion`, or `messages`"
 
@@ -103,7 +104,7 @@ def stream_rows(path: str | PathLike[str], split: str = "train", *, chat: bool =
     first = None
     for file in data_files(path, split):
         empty = True
-        for source, record in read_records(file, _KNOWN_COLUMNS):
+        for source, record in read_records(file, KNOWN_COLUMNS):
             row = row_of(record, source, chat=chat)
             first = first or row
             if row.shape != first.shape:

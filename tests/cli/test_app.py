@@ -18,6 +18,10 @@ ROOT = Path(__file__).parents[2]
 
 COMMON = {"--json", "--quiet", "--backend", "--interpret"}
 
+KNOBS = {
+    *("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed", "--stop"),
+}
+
 # Names here are fixed: add freely, change only with a deprecation
 FLAGS = {
     "import": {"--dtype", "--ignore-key", "--max-shard-size"},
@@ -71,11 +75,9 @@ FLAGS = {
         *("--lora.rslora", "--lora.rank-pattern", "--lora.alpha-pattern"),
     },
     "merge": {"--dtype"},
-    "generate": {
-        *("--adapter", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
-        *("--repetition-penalty", "--seed", "--dtype", "--quantize"),
-    },
-    "eval": {"--data", "--adapter", "--limit"},
+    "generate": {"--adapter", "--dtype", "--quantize"} | KNOBS,
+    "chat": {"--adapter", "--system", "--dtype", "--quantize"} | KNOBS,
+    "eval": {"--data", "--task", "--adapter", "--against", "--limit", "--predictions", "--batch-size"} | KNOBS,
     "data inspect": {"--model", "--split", "--rows", "--max-length", "--loss-on", "--too-long", "--html"},
     "run save": {"--timeout"},
     "info": set(),

@@ -86,6 +86,14 @@ TRAIN = ["finetune", "--model", "downloaded", "--data", "rows.jsonl", "--train.s
             True,
         ),
         (
+            ["eval", "downloaded", "--data", "rows.jsonl", "--limit", "2", "--against", "downloaded"],
+            {
+                *("n", "task", "nll", "perplexity", "exact_match", "normalised_match", "contains", "f1", "accuracy"),
+                *("accuracy_bytes", "accuracy_tokens", "ci95", "intervals", "baselines", "against", "answers"),
+            },
+            True,
+        ),
+        (
             ["import", "downloaded", "json-import"],
             {
                 *("model_type", "parameters", "dtype", "source_quantization"),
@@ -120,6 +128,7 @@ TRAIN = ["finetune", "--model", "downloaded", "--data", "rows.jsonl", "--train.s
         "plan",
         "finetune",
         "generate",
+        "eval",
         "import",
         "export",
         "parity",
