@@ -94,6 +94,9 @@ class Backend(ABC):
     def _peaks(self) -> dict[str, float]:
         return {}
 
+    library_bytes: int = 0
+    """What the libraries that compute take of a process besides arrays: code that they make, buffers, threads."""
+
     def peak_memory(self) -> int:
         """Peak resident or device bytes since `reset_peak_memory`, or of the process where that cannot be reset."""
         import resource

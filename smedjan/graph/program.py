@@ -90,6 +90,11 @@ class Program:
     def peak_bytes(self) -> int:
         return peak_bytes([call.node for call in self.calls], self.graph)
 
+    @property
+    def arena_bytes(self) -> int:
+        """Of the memory that programs of one session share, one at a time; 0 where none is planned."""
+        return 0
+
     def memory(self) -> list[dict[str, Any]]:
         """What is not kept from the forward to the backward pass for want of memory: `[{what, of, bytes}]`."""
         return []

@@ -132,6 +132,12 @@ class Session:
             self._pools[name] = self.backend.pool(self.memory, self.reserved)
         return self.backend.program(distinct_outputs(cse(prune(graph))), self._pools[name])
 
+    def reserve(self, program: Program) -> None:
+        """Takes the memory that the largest program needs at once: what grows while it is in use is there twice."""
+        pool = self._pools.get(self.backend.name)
+        if pool is not None and program.arena_bytes:
+            pool.arena_of(program.arena_bytes)
+
     def logits_program(self, form: Form) -> Program:
         key = ("logits", form)
         if key not in self.programs:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from smedjan.checkpoint.raw import specs_of
 from smedjan.runtime.session import bucket_rows
-from smedjan.train.largest import largest_form
+from smedjan.train.largest import largest_form, planned_bytes
 from smedjan.train.meter import Meter
 from smedjan.train.step import Trainer
 
@@ -34,6 +34,7 @@ def header(parts: Finetune, trainer: Trainer, meter: Meter, start: int) -> Heade
     program = session.micro_program(session.form(batch, rows=rows), trainer.names)
     # In a session without weights: the largest micro-batch may never come, and its program would stay
     planned = replace(session, parameters={}).micro_program(largest_form(parts, session.dtype), trainer.names)
+    session.reserve(planned)
     dataset = parts.dataset
     return {
         "model": {
@@ -67,7 +68,7 @@ def header(parts: Finetune, trainer: Trainer, meter: Meter, start: int) -> Heade
         "exact": parts.backend.exact,
         "plan_hash": program.plan_hash,
         "memory": {
-            "planned_bytes": planned.peak_bytes + trainer.optimizer.state_bytes(trainer.shapes),
+            "planned_bytes": planned_bytes(trainer, planned),
             "baseline_bytes": meter.baseline_bytes,
         },
         "peak": {"flops": meter.peak_flops, "how": None if meter.peak_flops is None else "measured: a square matmul"},

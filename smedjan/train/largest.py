@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from smedjan.graph.program import Program
 from smedjan.models.decoder import Form
 from smedjan.runtime.session import ROW_BUCKET
+from smedjan.train.step import Trainer
 
 if TYPE_CHECKING:
     from smedjan.train.finetune import Finetune
@@ -27,3 +29,10 @@ def largest_form(parts: Finetune, dtype: str) -> Form:
         rows=rows,
         positions=train.batch_size if train.packing else 1,
     )
+
+
+def planned_bytes(trainer: Trainer, program: Program) -> int:
+    """What a run takes above its imported libraries: the largest micro-batch's arrays, the optimizer's state, and what
+    libraries take besides."""
+    backend = trainer.session.backend
+    return program.peak_bytes + trainer.optimizer.state_bytes(trainer.shapes) + backend.library_bytes

@@ -17,7 +17,7 @@ from smedjan.runtime.session import Session, fills_window
 from smedjan.train.config import FinetuneConfig
 from smedjan.train.finetune import FP8, Finetune
 from smedjan.train.fp8 import check, layers, of_normal
-from smedjan.train.largest import largest_form
+from smedjan.train.largest import largest_form, planned_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,14 +107,13 @@ def plan(config: FinetuneConfig) -> Plan:
     form = largest_form(parts, trainer.session.dtype)
     program = trainer.session.micro_program(form, trainer.names)
     cost: Cost = program.cost
-    state = trainer.optimizer.state_bytes(trainer.shapes)
     counts = parts.tokenized.counts
     return Plan(
         parameters=sum(spec.numel for spec in specs_of(parts.files.tensors).values()),
         trained_parameters=sum(program.graph.inputs[name].numel for name in trainer.names),
         nodes=len(program.calls),
         flops_per_token=cost.flops // (form.batch * form.seq),
-        planned_bytes=program.peak_bytes + state,
+        planned_bytes=planned_bytes(trainer, program),
         steps=parts.steps.total,
         rows={"kept": counts.kept, "truncated": counts.truncated, "dropped": counts.dropped},
         ops=[*program.lowerings(), *trainer.update.lowerings()],

@@ -103,14 +103,18 @@ def _forward(
             product(run, x, weight.t(), y[:, columns], plus=biases[index] if biases else None)
     for index, (columns, expand) in enumerate(zip(_adapted(weights, adapted), b, strict=True)):
         part = low[:, index * rank : (index + 1) * rank]
-        if y.dtype == torch.float32:
-            scaled(run, part, expand.t(), y[:, columns], scaling, add=True)
-        else:
-            run.library("aten addmm", _add_rounded, y[:, columns], part, expand, scaling)
+        _add(run, part, expand.t(), y[:, columns], scaling)
 
 
-def _add_rounded(y: Tensor, low: Tensor, expand: Tensor, factor: float) -> None:
-    y.copy_(torch.addmm(y.float(), low, expand.t(), alpha=factor))
+def _add(run: Launches, a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
+    """out += factor a b; a bfloat16 out is widened for the sum"""
+    if out.dtype == torch.float32:
+        scaled(run, a, b, out, factor, add=True)
+        return
+    wide = run.scratch(tuple(out.shape), torch.float32)
+    run.library("aten copy", Tensor.copy_, wide, out)
+    scaled(run, a, b, wide, factor, add=True)
+    run.library("aten copy", Tensor.copy_, out, wide)
 
 
 def _backward(
@@ -154,10 +158,7 @@ def _backward(
         for own, weight in zip(_columns(weights), weights, strict=True):
             product(run, dy[:, own], weight, dx, plus=plus)
             plus = dx
-    if dx.dtype == torch.float32:
-        scaled(run, g, run.stacked(a), dx, 1.0, add=True)
-    else:
-        run.library("aten addmm", _add_rounded, dx, g, run.stacked(a).t(), 1.0)
+    _add(run, g, run.stacked(a), dx, 1.0)
 
 
 @PLANNED.kernel("lora_linear", label="aten mm + addmm")

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor as Array
+
+
+class User(Protocol):
+    """A program that is bound to the arena."""
+
+    def unbind(self) -> None: ...
 
 
 @dataclass
@@ -26,9 +34,15 @@ class Pool:
         self.allocations += 1
         return torch.zeros(shape, dtype=dtype, device=device or self.device)
 
+    users: WeakSet[User] = field(default_factory=WeakSet)
+
     def arena_of(self, size: int) -> Array:
-        """At least `size` bytes. Programs bound to a smaller arena bind anew."""
+        """At least `size` bytes. Programs bound to a smaller arena let go of it and bind anew."""
         if self.arena is None or self.arena.numel() < size:
+            for user in list(self.users):
+                user.unbind()
+            self.users.clear()
+            self.arena = None  # two are never there at once
             self.arena = self.allocate((size,), torch.uint8)
         return self.arena
 

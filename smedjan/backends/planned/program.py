@@ -81,6 +81,10 @@ class PlannedProgram(Program):
         own = sum(store.nbytes for store in self.plan.stores if store.kind not in (ARENA, HOST))
         return own + self.plan.arena
 
+    @property
+    def arena_bytes(self) -> int:
+        return self.plan.arena
+
     def memory(self) -> list[dict[str, Any]]:
         return [{"what": each.what, "of": each.of, "bytes": each.bytes} for each in self.decisions]
 
@@ -158,8 +162,14 @@ class PlannedProgram(Program):
     def _moved(self) -> bool:
         return any(array.data_ptr() != address for array, address in self._outputs_at)
 
+    def unbind(self) -> None:
+        """Lets go of the arena: the next call binds anew."""
+        self._captured, self._steps, self._calls, self._outputs_at = None, [], [], []
+        self._held.arena, self._held.results, self._held.numbers, self._held.values = None, {}, [], []
+
     def _bind(self, fixed: Mapping[str, Array]) -> None:
         pool = self.pool
+        pool.users.add(self)
         self._captured, self._runs = None, 0
         self._held.arena = pool.arena_of(self.plan.arena)
         for name, tensor in self.graph.inputs.items():
