@@ -160,7 +160,7 @@ def merge(base: str | Path, adapter: str | Path, out: str | Path, *, dtype: str 
     The base is the model as it is stored, also for an adapter that was trained on its 4-bit weights (`qlora`).
     """
     files = open_model(base)
-    lora, tensors = read_adapter(Path(adapter))
+    lora, tensors = read_adapter(Path(adapter), files.tensors)
     chosen = dtype or files.dtype
     weights, merged, largest = merged_weights(files.tensors, lora, tensors, chosen)
     save_model(Path(out), files.data, weights, files.path)

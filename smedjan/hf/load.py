@@ -105,7 +105,7 @@ def open_session(
         tensor.drop_pages()  # the backend has its own copy
     lora = None
     if adapter is not None:
-        lora, tensors = read_adapter(adapter)
+        lora, tensors = read_adapter(adapter, files.tensors)
         expected = lora.shapes({name: spec.shape for name, spec in specs_of(files.tensors).items()})
         for name, shape in expected.items():
             if name not in tensors or tensors[name].shape != shape:

@@ -16,6 +16,7 @@ from smedjan.checkpoint.dtype import convert, to_float32
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.checkpoint.safetensors import open_file, save_file
 from smedjan.errors import CheckpointError, ConfigError
+from smedjan.hf import pissa
 from smedjan.passes.lora import Lora, a_name, b_name
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -54,14 +55,28 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "modules_to_save": (None, []),
     "exclude_modules": (None, []),
     "trainable_token_indices": (None, []),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "pissa"),
 }
-"""Keys of adapter_config.json whose other values we do not compute."""
+"""Keys of adapter_config.json whose other values we do not compute. Other starts than these change the base at random:
+an adapter that was saved without a conversion to plain LoRA is of a base that nobody can make again."""
 
 NAME = re.compile(r"[\w.]+")
 
 
-def read_adapter(directory: Path) -> tuple[Lora, Mapping[str, RawTensor]]:
-    """The adapter in a PEFT directory. What plain LoRA does not cover is an error, never ignored."""
+def read_adapter(directory: Path, base: Mapping[str, RawTensor]) -> tuple[Lora, Mapping[str, RawTensor]]:
+    """The adapter in a PEFT directory, for the weights of `base`.
+
+    A PiSSA adapter that was not converted belongs over the residual, which PEFT too makes of `base` when it loads it.
+    """
+    lora, init = read_settings(directory)
+    tensors = open_file(directory / WEIGHTS)
+    if init == "pissa":
+        return pissa.plain(lora, tensors, pissa.initial(lora, base, init, 0))
+    return lora, tensors
+
+
+def read_settings(directory: Path) -> tuple[Lora, Any]:
+    """`adapter_config.json`, and its init_lora_weights. What we do not compute is an error, never ignored."""
     file = directory / CONFIG
     try:
         config = json.loads(file.read_text())
@@ -91,7 +106,7 @@ def read_adapter(directory: Path) -> tuple[Lora, Mapping[str, RawTensor]]:
         raise ConfigError(
             f"is missing or no number: {error}", file=file, field="r", remedy="save it with PEFT"
         ) from error
-    return lora, open_file(directory / WEIGHTS)
+    return lora, config.get("init_lora_weights", True)
 
 
 def _pattern(config: Mapping[str, Any], key: str, number: type[Any], file: Path) -> tuple[tuple[str, Any], ...]:

@@ -87,6 +87,11 @@ def b_name(module: str) -> str:
     return f"base_model.model.{module}.lora_B.weight"
 
 
+def module_of(name: str) -> str:
+    """The module that an adapter's parameter belongs to."""
+    return name.removeprefix("base_model.model.").partition(".lora_")[0]
+
+
 class _Adapt(Replay):
     def __init__(self, source: Graph, lora: Lora) -> None:
         super().__init__(source)

@@ -8,6 +8,7 @@ Paths are relative to the working directory, in the file as in flags.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -187,6 +188,10 @@ class LoraConfig(Section):
         default=None,
         metadata={"help": "names of the modules that get an adapter, by commas (default all linear ones)"},
     )
+    init: str = field(
+        default="random",
+        metadata={"help": "what they start as; pissa: the weight's principal part (pissa_niter_4: nearly, and faster)"},
+    )
     last_layers: int | None = field(
         default=None,
         metadata={"ge": 1, "help": "adapters in the last N layers alone: the others need no backward (default all)"},
@@ -194,6 +199,10 @@ class LoraConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not re.fullmatch(r"random|pissa(_niter_\d{1,3})?", self.init):
+            raise ConfigError(
+                f"{self.init!r} is no start", field="lora.init", remedy="give random, pissa or pissa_niter_4"
+            )
         _ = self.ranks, self.alphas
 
     @property

@@ -21,6 +21,7 @@ from smedjan.data.dataset import Steps, TokenDataset
 from smedjan.data.formats import read_rows
 from smedjan.data.mask import Tokenized, tokenize_rows
 from smedjan.errors import CheckpointError, ConfigError
+from smedjan.hf import pissa
 from smedjan.hf.export import save_model
 from smedjan.hf.load import ModelFiles, open_model, open_session
 from smedjan.hf.peft import WEIGHTS as ADAPTER_WEIGHTS
@@ -31,7 +32,7 @@ from smedjan.optim.schedule import factor
 from smedjan.passes.lora import Lora
 from smedjan.runtime.select import backend as select_backend
 from smedjan.runtime.session import Session
-from smedjan.train import fp8
+from smedjan.train import adapter, fp8
 from smedjan.train.asked import asked
 from smedjan.train.config import FinetuneConfig
 from smedjan.train.log import Event, RunLog
@@ -170,7 +171,7 @@ class Finetune:
         """The session with fresh adapters, and what is trained of it."""
         config = self.config
         session = open_session(
-            self.files,
+            adapter.files_under(self.files, self.lora, self.start),
             self.backend,
             dtype=config.dtype,
             attention=config.train.attention,
@@ -181,7 +182,7 @@ class Finetune:
             session.memory = parse_size(config.train.memory, "train.memory")
         names = list(session.parameters)
         if self.lora is not None:
-            fresh = initial_adapter(self.lora, self._shapes, config.seed)
+            fresh = {**initial_adapter(self.lora, self._shapes, config.seed), **self.start}
             session.parameters.update({name: self.backend.from_raw(raw) for name, raw in fresh.items()})
             session.lora, names = self.lora, list(fresh)
         optim = config.optim
@@ -216,6 +217,18 @@ class Finetune:
         )
 
     @cached_property
+    def start(self) -> Mapping[str, RawTensor]:
+        """Adapters that start as a part of their weights, which the base then lacks; empty where none do."""
+        if not self.starts_apart:
+            return {}
+        assert self.lora is not None
+        return pissa.initial(self.lora, self.files.tensors, self.config.lora.init, self.config.seed)
+
+    @property
+    def starts_apart(self) -> bool:
+        return self.lora is not None and self.config.lora.init != "random"
+
+    @cached_property
     def base_sha256(self) -> str:
         """Of the weights a run starts from: adapters of one base mean nothing over another."""
         return sha256_of(self.files.tensors)
@@ -230,6 +243,7 @@ class Finetune:
             "method": self.config.method,
             "started": self.started,
             "history": history,
+            **({"start_sha256": sha256_of(self.start)} if self.start else {}),
         }
 
 
@@ -263,6 +277,8 @@ def _finetune(config: FinetuneConfig, group: Collective, on_step: Callable[[Even
     if out.exists() and not config.resume and (found is not None or any(out.iterdir())):
         raise ConfigError("exists already", file=out, field="out", remedy="give --resume, or another directory")
     parts.backend.reset_peak_memory()
+    if parts.starts_apart:
+        parts.start = adapter.shared(group, lambda: parts.start) if found is None else adapter.read_start(out)
     trainer = parts.trainer(group)
     start = 0
     history: list[Event] = []
@@ -271,6 +287,8 @@ def _finetune(config: FinetuneConfig, group: Collective, on_step: Callable[[Even
     errors = _fp8_errors(parts, trainer, start)
     group.exchange()  # none writes before all have looked at what is there
     log = RunLog(out / "smedjan" / "log.jsonl", start, on_step, speaks=group.rank == 0)
+    if found is None and group.rank == 0:
+        adapter.keep_start(out, parts.start)
     leg = {
         "backend": parts.backend.name,
         "from_step": start,
@@ -336,9 +354,7 @@ def _finetune(config: FinetuneConfig, group: Collective, on_step: Callable[[Even
                 save(step + 1)
             if stop and not last:
                 raise Interrupted(f"stopped after step {step + 1}; go on with --resume")
-    weights = trainer.weights()
-    if group.rank == 0:
-        _save_result(parts, weights, out)
+    weights = _save_result(parts, trainer.weights(), out, group)
     examples = parts.tokenized
     plan_hash = next(iter(trainer.session.programs.values())).plan_hash if trainer.session.programs else ""
     counts = examples.counts
@@ -377,11 +393,20 @@ def _resume(parts: Finetune, trainer: Trainer, found: Checkpoint, out: Path) -> 
     return found.step, list(found.state.get("history", []))
 
 
-def _save_result(parts: Finetune, weights: Mapping[str, RawTensor], out: Path) -> None:
-    if parts.lora is None:
+def _save_result(
+    parts: Finetune, weights: Mapping[str, RawTensor], out: Path, group: Collective
+) -> Mapping[str, RawTensor]:
+    """Writes (the first process does) and gives what stays: an adapter is always one of the base as it is stored."""
+    lora = parts.lora
+    if lora is not None and parts.start:
+        lora, weights = pissa.plain(lora, weights, parts.start)
+    if group.rank > 0:
+        return weights
+    if lora is None:
         save_model(out, parts.files.data, weights, parts.files.path, into_run=True)
-        return
-    write_adapter(out, parts.lora, weights, base=str(parts.config.model))
+    else:
+        write_adapter(out, lora, weights, base=str(parts.config.model))
+    return weights
 
 
 def _fp8_errors(parts: Finetune, trainer: Trainer, start: int) -> fp8.Errors:

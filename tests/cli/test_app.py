@@ -58,7 +58,7 @@ FLAGS = {
             "--optim.eps",
         ),
         *("--lora.rank", "--lora.alpha", "--lora.dropout", "--lora.targets", "--lora.last-layers"),
-        *("--lora.rslora", "--lora.rank-pattern", "--lora.alpha-pattern"),
+        *("--lora.rslora", "--lora.rank-pattern", "--lora.alpha-pattern", "--lora.init"),
     },
     "merge": {"--dtype"},
     "generate": {
