@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from smedjan.checkpoint.raw import RawTensor
 from smedjan.checkpoint.safetensors import open_file, save_file
 from smedjan.errors import CheckpointError, ConfigError
 from smedjan.hf import pissa
-from smedjan.passes.lora import Lora, a_name, b_name
+from smedjan.passes.lora import Lora, a_name, b_name, magnitude_name, module_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -40,7 +40,7 @@ def write_adapter(directory: Path, lora: Lora, tensors: Mapping[str, RawTensor],
         "use_rslora": lora.rslora,
         "rank_pattern": dict(lora.ranks),
         "alpha_pattern": dict(lora.alphas),
-        "use_dora": False,
+        "use_dora": lora.dora,
         "layers_to_transform": None if lora.layers is None else list(lora.layers),
     }
     write_atomic(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
@@ -51,7 +51,7 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "fan_in_fan_out": (False, True),
     "use_rslora": (False, True),
-    "use_dora": (False,),
+    "use_dora": (False, True),
     "modules_to_save": (None, []),
     "exclude_modules": (None, []),
     "trainable_token_indices": (None, []),
@@ -101,6 +101,7 @@ def read_settings(directory: Path) -> tuple[Lora, Any]:
             ranks=_pattern(config, "rank_pattern", int, file),
             alphas=_pattern(config, "alpha_pattern", float, file),
             rslora=config.get("use_rslora") is True,
+            dora=config.get("use_dora") is True,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
@@ -135,9 +136,10 @@ def _layers(value: Any, file: Path) -> tuple[int, ...] | None:
 
 
 def initial_adapter(lora: Lora, shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, RawTensor]:
-    """A uniform in +-1 / sqrt(in) (PEFT's kaiming_uniform with a = sqrt 5), B zero; from seed and site alone."""
+    """A uniform in +-1 / sqrt(in) (PEFT's kaiming_uniform with a = sqrt 5), B zero; from seed and site alone. DoRA's
+    magnitudes come of the weights (`runtime/adapters.py`)."""
     made = {}
-    for site, (name, shape) in enumerate(lora.shapes(shapes).items()):
+    for site, (name, shape) in enumerate(replace(lora, dora=False).shapes(shapes).items()):
         if ".lora_A." in name:
             bound = 1.0 / np.sqrt(shape[1])
             generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, site])))
@@ -162,7 +164,8 @@ class MergeReport:
 def merged_weights(
     tensors: Mapping[str, RawTensor], lora: Lora, adapter: Mapping[str, RawTensor], dtype: str
 ) -> tuple[dict[str, RawTensor], int, float]:
-    """W + s B A in float32, rounded to `dtype` once. Gives (weights, merged modules, largest change)."""
+    """W + s B A in float32, rounded to `dtype` once; of DoRA its rows are as long as their magnitude. Gives (weights,
+    merged modules, largest change)."""
     made, merged, largest = {}, 0, 0.0
     for name, tensor in tensors.items():
         module = name.removesuffix(".weight")
@@ -177,12 +180,14 @@ def merged_weights(
                 field=a_name(module),
                 remedy="give the model that this adapter was trained on",
             )
-        delta = to_float32(b).reshape(b.shape) @ to_float32(a).reshape(a.shape) * np.float32(lora.scaling_of(module))
-        values = to_float32(tensor).reshape(tensor.shape) + (delta.T if lora.transposed else delta)
-        largest, merged = max(largest, float(np.abs(delta).max())), merged + 1
-        wide = RawTensor(dtype="float32", shape=tensor.shape, data=memoryview(values.reshape(-1)).cast("B"))
-        made[name] = convert(wide, dtype)
-    unused = [name for name in adapter if name.endswith("lora_A.weight") and _weight_of(name) not in tensors]
+        before = pissa.values(tensor).T if lora.transposed else pissa.values(tensor)
+        after = before + pissa.values(b) @ pissa.values(a) * np.float32(lora.scaling_of(module))
+        if lora.dora:
+            lengths = np.linalg.norm(after, axis=1, keepdims=True)
+            after *= to_float32(adapter[magnitude_name(module)])[:, None] / lengths
+        largest, merged = max(largest, float(np.abs(after - before).max())), merged + 1
+        made[name] = convert(RawTensor.of(np.ascontiguousarray(after.T if lora.transposed else after)), dtype)
+    unused = [name for name in adapter if f"{module_of(name)}.weight" not in tensors]
     if unused:
         raise CheckpointError(
             "adapts a module that the model does not have",
@@ -190,7 +195,3 @@ def merged_weights(
             remedy="give the model that this adapter was trained on",
         )
     return made, merged, largest
-
-
-def _weight_of(adapter_name: str) -> str:
-    return adapter_name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") + ".weight"

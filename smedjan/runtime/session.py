@@ -26,6 +26,7 @@ from smedjan.passes.int8 import int8, int8_specs
 from smedjan.passes.lora import DTYPE as ADAPTER_DTYPE
 from smedjan.passes.lora import Lora, adapt
 from smedjan.passes.quantize import fuse, quantize
+from smedjan.runtime.adapters import factors
 
 if TYPE_CHECKING:
     from smedjan.data.collate import Batch
@@ -104,7 +105,8 @@ class Session:
             assert not train, "8-bit weights are for inference"
             graph = int8(graph, self.int8)
         if self.lora is not None:
-            graph = adapt(graph, self.lora if train else replace(self.lora, dropout=0.0))
+            lora = self.lora if train else replace(self.lora, dropout=0.0)
+            graph = adapt(graph, lora, exact=self.backend.exact, factors=decoder.form.capacity > 0)
         if self.fp8 and train:
             graph = fp8(graph, keep=(self.config.head,))
         has = self.backend.rules.has
@@ -234,12 +236,13 @@ def common_positions(position_ids: np.ndarray) -> np.ndarray:
 
 
 class Cache:
-    """Key/value caches of one generation: written in place, `length` tokens long."""
+    """Key/value caches of one generation: written in place, `length` tokens long. Adapters stay as they are in it."""
 
     def __init__(self, session: Session, *, batch: int, capacity: int) -> None:
         self.session, self.batch, self.capacity, self.length = session, batch, capacity, 0
         config = session.config
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+        self.factors = factors(session)
         self.arrays: dict[str, Array] = {
             f"cache.{layer}.{kind}": session.backend.zeros(shape, session.dtype)
             for layer in range(config.num_hidden_layers)
@@ -276,7 +279,7 @@ class Cache:
             windowed=not padded and fills_window(session.config, seen + seq),
             rows=self.batch if last and not session.backend.exact else 0,
         )
-        inputs = {**session.parameters, **self.arrays}
+        inputs = {**session.parameters, **self.factors, **self.arrays}
         inputs["input_ids"] = session.host(ids, "int64")
         inputs["position_ids"] = session.host(positions, "int64")
         if padded:

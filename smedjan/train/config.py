@@ -178,6 +178,9 @@ class LoraConfig(Section):
     rank: int = field(default=16, metadata={"ge": 1, "help": "rank of A and B"})
     alpha: float = field(default=32.0, metadata={"gt": 0, "help": "the adapter's output is scaled by alpha / rank"})
     rslora: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(rank): for ranks of 64 and more"})
+    dora: bool = field(
+        default=False, metadata={"help": "learn the length of each row of a weight apart from its direction (DoRA)"}
+    )
     rank_pattern: tuple[str, ...] | None = field(
         default=None, metadata={"help": "other ranks of some modules, such as q_proj=8,layers.3.mlp.up_proj=32"}
     )

@@ -26,7 +26,7 @@ train.save-every train.keep train.eval-every train.attention train.fp8 train.mem
 optim.name optim.lr optim.lr-pattern optim.weight-decay optim.master optim.clip optim.schedule optim.warmup
 optim.state optim.rounding optim.cycles optim.beta1 optim.beta2 optim.eps
 lora.rank lora.alpha lora.dropout lora.targets lora.last-layers
-lora.rslora lora.rank-pattern lora.alpha-pattern lora.init"""
+lora.rslora lora.rank-pattern lora.alpha-pattern lora.init lora.dora"""
 
 
 def config(**changes: Any) -> FinetuneConfig:
