@@ -10,7 +10,7 @@ from typing import Any
 
 from smedjan.backends.base import Backend
 from smedjan.checkpoint import int8 as eight
-from smedjan.checkpoint import nf4
+from smedjan.checkpoint import stored
 from smedjan.checkpoint.dtype import convert
 from smedjan.checkpoint.raw import RawTensor, specs_of
 from smedjan.errors import CheckpointError, ConfigError
@@ -70,13 +70,13 @@ def open_session(
     dtype: str | None = None,
     attention: str = "sdpa",
     adapter: Path | None = None,
-    quantized: bool = False,
+    quantized: str | None = None,
     int8: bool = False,
 ) -> Session:
     """Weights on the backend. `adapter` is a directory in PEFT's layout, laid beside the frozen weights.
 
-    With `quantized`, the linear weights of the blocks become NF4, from their values in `dtype`, one at a time. With
-    `int8`, they and the head become 8-bit codes, from their values as stored.
+    With `quantized`, the linear weights of the blocks become nf4 or int8, from their values in `dtype`, one at a time.
+    With `int8`, they and the head become 8-bit codes for inference, from their values as stored.
     """
     chosen = dtype or files.dtype
     if chosen not in COMPUTED:
@@ -100,7 +100,8 @@ def open_session(
             continue
         made = {name: convert(tensor, chosen)}
         if name in narrow:
-            made = {f"{name}.{suffix}": part for suffix, part in nf4.quantize(made[name]).items()}
+            assert quantized is not None
+            made = {f"{name}.{suffix}": part for suffix, part in stored.quantize(quantized, made[name]).items()}
         parameters.update({key: backend.from_raw(raw) for key, raw in made.items()})
         tensor.drop_pages()  # the backend has its own copy
     lora = None
@@ -119,7 +120,15 @@ def open_session(
                 )
         parameters.update({name: backend.from_raw(convert(tensors[name], "float32")) for name in expected})
     session = Session(
-        backend, files.config, parameters, chosen, attention=attention, lora=lora, quantized=narrow, int8=codes
+        backend,
+        files.config,
+        parameters,
+        chosen,
+        attention=attention,
+        lora=lora,
+        quantized=narrow,
+        storage=quantized or "nf4",
+        int8=codes,
     )
     session.quantization_error = sqrt(missed / squares) if squares else 0.0
     return session

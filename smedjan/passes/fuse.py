@@ -27,6 +27,9 @@ from smedjan.ops.shape import split
 Has = Callable[[str], bool]
 New = Callable[[Tensor], Tensor]
 
+MADE = ("nf4_dequantize", "int8_dequantize")
+"""What makes weights in the graph, of fewer bits."""
+
 
 @dataclass(frozen=True)
 class Match:
@@ -118,7 +121,7 @@ def _linears(graph: Graph, has: Has) -> Iterable[Match]:
         kind = "input" if weight.node.op is INPUT else weight.node.op.name
         if node.op is fp8_linear:
             kind = fp8_linear.name
-        if kind in ("input", "nf4_dequantize", fp8_linear.name):
+        if kind in ("input", *MADE, fp8_linear.name):
             key = (_input(node, 0), node.scope, node.inputs[2] is not None, kind)
             found.setdefault(key, []).append(node)
     for (_, _, biased, kind), nodes in found.items():
@@ -130,7 +133,7 @@ def _linears(graph: Graph, has: Has) -> Iterable[Match]:
         ):
             if len(nodes) > 1:
                 yield _group(nodes, biased, adapted=True, together=kind == "input")
-        elif not adapted and len(nodes) > 1 and kind != "nf4_dequantize" and has(f"{nodes[0].op.name}_group"):
+        elif not adapted and len(nodes) > 1 and kind not in MADE and has(f"{nodes[0].op.name}_group"):
             yield _group(nodes, biased, adapted=False, together=True)
 
 

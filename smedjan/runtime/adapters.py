@@ -51,5 +51,5 @@ def _of_norms(session: Session, *, divided: bool) -> dict[str, Array]:
                 graph.output(factor_name(module), div(magnitude, norm))
             else:
                 graph.output(name, norm)
-        session.programs[key] = session.finish(quantize(graph, session.quantized))
+        session.programs[key] = session.finish(quantize(graph, session.quantized, session.storage))
     return dict(session.programs[key](session.parameters))

@@ -20,9 +20,9 @@ from smedjan.models.decoder import Decoder, Form
 from smedjan.models.decoder_config import DecoderConfig
 from smedjan.ops.loss import GRADIENTS_IN_FORWARD
 from smedjan.ops.optimizer import accumulate as accumulate_op
-from smedjan.ops.quantized import nf4_specs
+from smedjan.ops.quantized import STORED
 from smedjan.passes.fp8 import fp8
-from smedjan.passes.int8 import int8, int8_specs
+from smedjan.passes.int8 import int8
 from smedjan.passes.lora import DTYPE as ADAPTER_DTYPE
 from smedjan.passes.lora import Lora, adapt
 from smedjan.passes.quantize import fuse, quantize
@@ -40,8 +40,8 @@ class Session:
     """`parameters` holds base weights by HF name and adapters by PEFT name: programs read, the update writes them.
 
     memory, reserved  bytes of the device (None: all there is), and those of them that programs leave alone
-    `quantized` names the weights that are held as NF4 instead, each as the arrays of `nf4_specs`; `int8` those that are
-    held as `int8_specs`, for inference alone.
+    `quantized` names the weights that are held in fewer bits, each as the arrays of `STORED[storage]`; `int8` those
+    that are held as `int8_specs`, for inference alone.
     fp8     training takes the products of the blocks' linear layers of 8-bit floats. What measures or uses the model
             does not: its weights stay as they are stored, and others compute with them in their dtype
     """
@@ -55,6 +55,7 @@ class Session:
     memory: int | None = None
     reserved: int = 0
     quantized: tuple[str, ...] = ()
+    storage: str = "nf4"
     fp8: bool = False
     int8: tuple[str, ...] = ()
 
@@ -73,9 +74,9 @@ class Session:
         adapters = {} if self.lora is None else self.lora.shapes(base)
         stored = {
             f"{name}.{suffix}": (spec.shape, spec.dtype)
-            for names, specs_of in ((self.quantized, nf4_specs), (self.int8, int8_specs))
+            for names, storage in ((self.quantized, self.storage), (self.int8, "int8"))
             for name in names
-            for suffix, spec in specs_of(base.pop(name)).items()
+            for suffix, spec in STORED[storage](base.pop(name)).items()
         }
         return (
             {name: (shape, self.dtype) for name, shape in base.items()}
@@ -100,7 +101,7 @@ class Session:
 
     def forward(self, decoder: Decoder, *, train: bool = False) -> Graph:
         """The declared graph with adapters, decomposed already where the backend is exact. Dropout is for training."""
-        graph = quantize(decoder.graph, self.quantized) if self.quantized else decoder.graph
+        graph = quantize(decoder.graph, self.quantized, self.storage) if self.quantized else decoder.graph
         if self.int8:
             assert not train, "8-bit weights are for inference"
             graph = int8(graph, self.int8)

@@ -191,6 +191,9 @@ class LoraConfig(Section):
         default=None,
         metadata={"help": "names of the modules that get an adapter, by commas (default all linear ones)"},
     )
+    bits: int | None = field(
+        default=None, metadata={"help": "of the weights under the adapters of qlora: 4 (nf4, the default) or 8 (int8)"}
+    )
     init: str = field(
         default="random",
         metadata={"help": "what they start as; pissa: the weight's principal part (pissa_niter_4: nearly, and faster)"},
@@ -206,6 +209,8 @@ class LoraConfig(Section):
             raise ConfigError(
                 f"{self.init!r} is no start", field="lora.init", remedy="give random, pissa or pissa_niter_4"
             )
+        if self.bits not in (None, 4, 8):
+            raise ConfigError(f"{self.bits} is neither 4 nor 8", field="lora.bits", remedy="give 4 or 8")
         _ = self.ranks, self.alphas
 
     @property
@@ -227,7 +232,9 @@ class FinetuneConfig(Section):
     data: Path = field(metadata={"help": "rows to train on: jsonl, json, csv, parquet, or a folder with a train file"})
     eval_data: Path | None = field(default=None, metadata={"help": "rows to evaluate on while training"})
     out: Path | None = field(default=None, metadata={"help": "run directory to write (a dry run needs none)"})
-    method: Method = field(default="lora", metadata={"help": "what is trained; qlora: adapters of 4-bit weights"})
+    method: Method = field(
+        default="lora", metadata={"help": "what is trained; qlora: adapters of 4-bit or 8-bit weights"}
+    )
     resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in out"})
     dry_run: bool = field(default=False, metadata={"help": "print the plan and its memory, train nothing"})
     seed: int = field(default=0, metadata={"ge": 0, "lt": 2**63, "help": "of data order, adapters and dropout"})
@@ -245,8 +252,21 @@ class FinetuneConfig(Section):
         super().__post_init__()
         if self.out is None and not self.dry_run:
             raise ConfigError("is missing", field="out", remedy="give --out DIR, or --dry-run")
+        if self.method == "qlora" and self.lora.bits is None:
+            object.__setattr__(self, "lora", replace(self.lora, bits=4))
+        if self.method != "qlora" and self.lora.bits is not None:
+            raise ConfigError(
+                f"{self.lora.bits} bits with the method {self.method}",
+                field="lora.bits",
+                remedy="give --method qlora, or leave it out",
+            )
         if self.optim.lr is None:
             object.__setattr__(self, "optim", replace(self.optim, lr=LEARNING_RATES[self.method]))
+
+    @property
+    def storage(self) -> str | None:
+        """What the weights under adapters are held as, if not as they are."""
+        return {4: "nf4", 8: "int8"}[self.lora.bits] if self.lora.bits is not None else None
 
     @property
     def learning_rate(self) -> float:

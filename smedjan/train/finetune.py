@@ -177,7 +177,7 @@ class Finetune:
             self.backend,
             dtype=config.dtype,
             attention=config.train.attention,
-            quantized=config.method == "qlora",
+            quantized=config.storage,
         )
         session.fp8 = config.train.fp8
         if config.train.memory is not None:

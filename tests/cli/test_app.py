@@ -60,6 +60,7 @@ FLAGS = {
         *("--lora.rank", "--lora.alpha", "--lora.dropout", "--lora.targets", "--lora.last-layers"),
         *("--lora.rslora", "--lora.rank-pattern", "--lora.alpha-pattern", "--lora.init"),
         "--lora.dora",
+        "--lora.bits",
     },
     "merge": {"--dtype"},
     "generate": {
