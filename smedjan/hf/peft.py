@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,24 @@ from smedjan.passes.lora import Lora, a_name, b_name, magnitude_name, module_of
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def write_adapter(directory: Path, lora: Lora, tensors: Mapping[str, RawTensor], *, base: str) -> None:
-    """`adapter_model.safetensors`, then `adapter_config.json`: where the config is, the adapter is whole."""
-    save_file(directory / WEIGHTS, tensors, {"format": "pt"})
+OURS = "smedjan."
+"""Begins the keys of the weights' metadata that PEFT does not know, and does not read."""
+
+
+def write_adapter(
+    directory: Path,
+    lora: Lora,
+    tensors: Mapping[str, RawTensor],
+    *,
+    base: str,
+    trained: Mapping[str, str] | None = None,
+) -> None:
+    """`adapter_model.safetensors`, then `adapter_config.json`: where the config is, the adapter is whole.
+
+    `trained` says of the weights under it what `hf/trained.py` reads.
+    """
+    ours = {f"{OURS}{key}": value for key, value in (trained or {}).items()}
+    save_file(directory / WEIGHTS, tensors, {"format": "pt", **ours})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -148,17 +163,6 @@ def initial_adapter(lora: Lora, shapes: Mapping[str, tuple[int, ...]], seed: int
             values = np.zeros(shape, dtype=np.float32)
         made[name] = RawTensor.of(values)
     return made
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeReport:
-    """What `merge` wrote: modules that had an adapter, and the largest change of a weight."""
-
-    out: str
-    dtype: str
-    merged: int
-    largest_change: float
-    weights_sha256: str
 
 
 def merged_weights(

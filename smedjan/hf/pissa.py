@@ -128,6 +128,29 @@ def plain(
     return doubled, made
 
 
+def parted(lora: Lora, tensors: Mapping[str, RawTensor]) -> tuple[Lora, dict[str, RawTensor], dict[str, RawTensor]]:
+    """What `plain` was made of: (the adapter's settings, what was trained, its start)."""
+    trained, start = {}, {}
+    for name, tensor in tensors.items():
+        now = values(tensor)
+        if ".lora_A." in name:
+            trained[name], start[name] = (RawTensor.of(np.ascontiguousarray(part)) for part in np.split(now, 2, axis=0))
+        elif ".lora_B." in name:
+            one, other = np.split(now, 2, axis=1)
+            trained[name], start[name] = (RawTensor.of(np.ascontiguousarray(part)) for part in (one, -other))
+        else:
+            trained[name] = tensor
+    factor = sqrt(2.0) if lora.rslora else 2.0
+    halved = replace(
+        lora,
+        rank=lora.rank // 2,
+        alpha=lora.alpha / factor,
+        ranks=tuple((name, rank // 2) for name, rank in lora.ranks),
+        alphas=tuple((name, alpha / factor) for name, alpha in lora.alphas),
+    )
+    return halved, trained, start
+
+
 def values(tensor: RawTensor) -> np.ndarray:
     return to_float32(tensor).reshape(tensor.shape)
 

@@ -11,7 +11,7 @@ import numpy as np
 from smedjan.backends.base import Array, Backend
 from smedjan.checkpoint.dtype import to_float32
 from smedjan.checkpoint.raw import RawTensor
-from smedjan.errors import ShapeError
+from smedjan.errors import ConfigError, ShapeError
 from smedjan.graph.grad import grad
 from smedjan.graph.node import Graph
 from smedjan.graph.program import Program
@@ -61,8 +61,18 @@ class Session:
 
     def __post_init__(self) -> None:
         self.programs: dict[Any, Program] = {}
+        self.switched = 0
         self._pools: dict[str, Any] = {}
         self.quantization_error = 0.0  # |w - codes| / |w| over the weights in `int8`, where they were made
+
+    def use(self, lora: Lora | None, arrays: Mapping[str, Array]) -> None:
+        """Lays these adapters beside the base in the place of the present ones. The base stays as it is, and programs
+        are kept: adapters of the same settings share them."""
+        for name in [name for name in self.parameters if ".lora_" in name]:
+            del self.parameters[name]
+        self.parameters.update(arrays)
+        self.lora = lora
+        self.switched += 1
 
     def host(self, array: Any, dtype: str) -> Array:
         """A host array, as a program of the backend reads it."""
@@ -129,7 +139,7 @@ class Session:
         return self.backend.program(distinct_outputs(cse(prune(graph))), self._pools[name])
 
     def logits_program(self, form: Form) -> Program:
-        key = ("logits", form)
+        key = ("logits", form, self.lora)
         if key not in self.programs:
             decoder = Decoder(self.config, form)
             decoder.graph.output("logits", decoder.logits())
@@ -138,7 +148,7 @@ class Session:
 
     def micro_program(self, form: Form, wrt: Sequence[str], *, accumulate: bool = False) -> Program:
         """loss and grad.NAME for each name; with `accumulate`, each is added to the input total of the same name."""
-        key = ("micro", form, tuple(wrt), accumulate)
+        key = ("micro", form, tuple(wrt), accumulate, self.lora)
         if key not in self.programs:
             decoder = Decoder(self.config, form, early=self.lora is None or self.lora.dropout == 0)
             names = {self.config.tied().get(name, name) for name in wrt}
@@ -243,7 +253,7 @@ class Cache:
         self.session, self.batch, self.capacity, self.length = session, batch, capacity, 0
         config = session.config
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.factors = factors(session)
+        self.factors, self.switched = factors(session), session.switched
         self.arrays: dict[str, Array] = {
             f"cache.{layer}.{kind}": session.backend.zeros(shape, session.dtype)
             for layer in range(config.num_hidden_layers)
@@ -259,6 +269,10 @@ class Cache:
         With `last`, a fast backend makes those of each row's last token alone, [B, V].
         """
         session, ids = self.session, np.asarray(input_ids, dtype=np.int64)
+        if self.switched != session.switched:
+            raise ConfigError(
+                "another one is in use than when this text was begun", field="adapter", remedy="begin the text anew"
+            )
         seq, end = ids.shape[1], self.length + ids.shape[1]
         assert end <= self.capacity, f"{end} tokens in a cache for {self.capacity}"
         padded = attention_mask is not None and not np.all(attention_mask)

@@ -17,6 +17,7 @@ from smedjan.checkpoint.safetensors import open_file, save_file
 from smedjan.hf import pissa
 from smedjan.hf.load import ModelFiles
 from smedjan.passes.lora import Lora
+from smedjan.train.config import FinetuneConfig
 
 
 def files_under(files: ModelFiles, lora: Lora | None, start: Mapping[str, RawTensor]) -> ModelFiles:
@@ -37,6 +38,14 @@ def shared(group: Collective, make: Callable[[], Mapping[str, RawTensor]]) -> Ma
         name: RawTensor(dtype=dtype, shape=tuple(shape), data=memoryview(b64decode(text)))
         for name, dtype, shape, text in said
     }
+
+
+def trained_on(config: FinetuneConfig, files: ModelFiles) -> dict[str, str]:
+    """What `hf/trained.py` reads: empty where the base was as it is stored."""
+    if config.storage is None:
+        return {}
+    said = {"storage": config.storage, "dtype": config.dtype or files.dtype}
+    return said if config.lora.init == "random" else {**said, "start": "pissa"}
 
 
 def read_start(out: Path) -> Mapping[str, RawTensor]:

@@ -408,7 +408,8 @@ def _save_result(
     if lora is None:
         save_model(out, parts.files.data, weights, parts.files.path, into_run=True)
     else:
-        write_adapter(out, lora, weights, base=str(parts.config.model))
+        trained = adapter.trained_on(parts.config, parts.files)
+        write_adapter(out, lora, weights, base=str(parts.config.model), trained=trained)
     return weights
 
 

@@ -62,7 +62,7 @@ FLAGS = {
         "--lora.dora",
         "--lora.bits",
     },
-    "merge": {"--dtype"},
+    "merge": {"--dtype", "--onto", "--storage", "--check", "--no-check", "--data"},
     "generate": {
         *("--adapter", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
         *("--repetition-penalty", "--seed", "--dtype", "--quantize"),
