@@ -212,6 +212,8 @@ def merge(
     check    runs the adapter beside its base, and the model that was written, on the same rows (of `data`, or a few
              prompts), and reports how far they are apart
     """
+    if onto not in ("stored", "trained"):
+        raise ConfigError(f"is {onto!r}", field="onto", remedy="give stored or trained")
     files, where = open_model(base), Path(adapter)
     lora, tensors = read_adapter(where, files.tensors)
     quantized = trained(files, where, storage)

@@ -176,6 +176,9 @@ def merged_weights(
         if a_name(module) not in adapter:
             made[name] = convert(tensor, dtype)
             continue
+        for part in (b_name(module), *((magnitude_name(module),) if lora.dora else ())):
+            if part not in adapter:
+                raise CheckpointError("is missing", field=part, remedy="save the adapter again")
         a, b = adapter[a_name(module)], adapter[b_name(module)]
         adapted = (b.shape[0], a.shape[1])[:: -1 if lora.transposed else 1]
         if adapted != tensor.shape:

@@ -12,6 +12,7 @@ from smedjan.checkpoint import stored
 from smedjan.checkpoint.dtype import convert
 from smedjan.checkpoint.raw import LazyTensor, LazyTensors, RawTensor, specs_of
 from smedjan.checkpoint.safetensors import read_metadata
+from smedjan.errors import ConfigError
 from smedjan.hf import pissa
 from smedjan.hf.load import ModelFiles, arrays_of, open_session
 from smedjan.hf.peft import OURS, WEIGHTS, read_adapter
@@ -70,6 +71,13 @@ def trained(files: ModelFiles, directory: Path, storage: str | None = None) -> T
     storage = storage or said.get("storage")
     if storage is None:
         return None
+    if storage not in QUANTIZE:
+        raise ConfigError(
+            f"{storage!r} is no format of weights",
+            file=directory / WEIGHTS,
+            field="storage",
+            remedy=f"give {' or '.join(QUANTIZE)}",
+        )
     lora, tensors = read_adapter(directory, files.tensors)
     if said.get("start") == "pissa":
         lora, tensors, start = pissa.parted(lora, tensors)

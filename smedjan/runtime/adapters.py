@@ -31,8 +31,8 @@ def _of_norms(session: Session, *, divided: bool) -> dict[str, Array]:
     lora = session.lora
     if lora is None or not lora.dora:
         return {}
-    key = ("norms", lora, divided)
-    if key not in session.programs:
+    key = (lora, divided)
+    if key not in session.norms:
         base = session.config.parameter_shapes()
         graph = Graph()
         for name in lora.shapes(base):
@@ -51,5 +51,5 @@ def _of_norms(session: Session, *, divided: bool) -> dict[str, Array]:
                 graph.output(factor_name(module), div(magnitude, norm))
             else:
                 graph.output(name, norm)
-        session.programs[key] = session.finish(quantize(graph, session.quantized, session.storage))
-    return dict(session.programs[key](session.parameters))
+        session.norms[key] = session.finish(quantize(graph, session.quantized, session.storage))
+    return dict(session.norms[key](session.parameters))

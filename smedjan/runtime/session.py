@@ -61,6 +61,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.programs: dict[Any, Program] = {}
+        self.norms: dict[Any, Program] = {}
         self.switched = 0
         self._pools: dict[str, Any] = {}
         self.quantization_error = 0.0  # |w - codes| / |w| over the weights in `int8`, where they were made

@@ -22,7 +22,7 @@ from smedjan.hf.trained import trained
 from smedjan.train.finetune import Finetune
 from tests.train.conftest import configure, pairs, tiny, write_rows  # noqa: F401
 
-QLORA = {"method": "qlora", "lora__rank": 4, "train__steps": 30, "train__batch_size": 8, "optim__lr": 2e-2}
+QLORA = {"method": "qlora", "lora__rank": 4, "train__steps": 15, "train__batch_size": 8, "optim__lr": 2e-2}
 
 
 def example(ids, trains=None) -> Example:
@@ -81,6 +81,10 @@ def test_a_merge_of_lora_is_faithful(configure, tiny, tmp_path):
     assert smedjan.merge(tiny, run.run_dir, tmp_path / "quiet", check=False).comparisons == ()
     with pytest.raises(SmedjanError, match="onto: the adapter does not say"):
         smedjan.merge(tiny, run.run_dir, tmp_path / "other", onto="trained")
+    with pytest.raises(SmedjanError, match="storage: 'q4' is no format of weights; give nf4 or int8"):
+        smedjan.merge(tiny, run.run_dir, tmp_path / "other", storage="q4")
+    with pytest.raises(SmedjanError, match="onto: is 'both'; give stored or trained"):
+        smedjan.merge(tiny, run.run_dir, tmp_path / "other", onto="both")
     with pytest.raises(SmedjanError, match=r"missing\.jsonl"):
         smedjan.merge(tiny, run.run_dir, tmp_path / "other", data=tmp_path / "missing.jsonl")
     assert not (tmp_path / "other").exists(), "rows are read before anything is written"
@@ -90,7 +94,7 @@ def test_a_merge_of_lora_is_faithful(configure, tiny, tmp_path):
 def test_a_merged_qlora_is_shown_to_be_worse_than_it_was(configure, pairs, tiny, tmp_path, start):
     """On the rows that it was trained on, the merged model has lost what made up for the 4 bits; `onto="trained"` keeps
     it, for PiSSA over what 4 bits left of the residual."""
-    config = configure(**QLORA, lora__init=start)
+    config = configure(**QLORA, lora__init=start, backend="cpu_native")
     run = smedjan.finetune(config)
     asked = {"data": pairs, "backend": "torch_reference"}
     report = smedjan.merge(tiny, run.run_dir, tmp_path / "merged", **asked)

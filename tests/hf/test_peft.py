@@ -4,11 +4,13 @@ out; merge"; Shows: "LoRA (dropout 0) adapters equal to the bit to `peft`'s").""
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import smedjan
@@ -167,6 +169,24 @@ def test_what_is_not_plain_lora_is_refused(from_peft, key, value):
     with pytest.raises(SmedjanError, match=key) as raised:
         smedjan.load(base, adapter=adapter, backend="torch_reference")
     assert "\n" not in str(raised.value)
+
+
+def test_a_part_that_is_missing(from_peft, tmp_path):
+    """Of DoRA its magnitudes too."""
+    base, adapter = from_peft
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = list(tensors)[-1]
+    del tensors[name]
+    assert "lora_A" not in name
+    save_file(tensors, file)
+    for act in (
+        lambda: smedjan.load(base, adapter=adapter, backend="torch_reference"),
+        lambda: smedjan.merge(base, adapter, tmp_path / "merged"),
+    ):
+        with pytest.raises(SmedjanError, match=f"{re.escape(name)}: is missing"):
+            act()
+    assert not (tmp_path / "merged").exists()
 
 
 def test_an_adapter_of_another_model(from_peft, model_directory, tmp_path):
