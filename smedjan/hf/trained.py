@@ -20,7 +20,6 @@ from smedjan.passes.lora import Lora
 from smedjan.runtime.session import Session
 
 
-
 def told(directory: Path) -> dict[str, str]:
     """What a run of ours wrote into its adapter's file: `storage` and `dtype` of the weights, `start`."""
     metadata = read_metadata(directory / WEIGHTS)
@@ -71,12 +70,12 @@ def trained(files: ModelFiles, directory: Path, storage: str | None = None) -> T
     storage = storage or said.get("storage")
     if storage is None:
         return None
-    if storage not in QUANTIZE:
+    if storage not in stored.FORMATS:
         raise ConfigError(
             f"{storage!r} is no format of weights",
             file=directory / WEIGHTS,
             field="storage",
-            remedy=f"give {' or '.join(QUANTIZE)}",
+            remedy=f"give {' or '.join(stored.FORMATS)}",
         )
     lora, tensors = read_adapter(directory, files.tensors)
     if said.get("start") == "pissa":

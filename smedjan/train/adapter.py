@@ -11,12 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from smedjan.backends.base import Array
 from smedjan.backends.collective import Collective
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.checkpoint.safetensors import open_file, save_file
 from smedjan.hf import pissa
 from smedjan.hf.load import ModelFiles
 from smedjan.passes.lora import Lora
+from smedjan.runtime.adapters import magnitudes
+from smedjan.runtime.session import Session
 from smedjan.train.config import FinetuneConfig
 
 
@@ -38,6 +41,15 @@ def shared(group: Collective, make: Callable[[], Mapping[str, RawTensor]]) -> Ma
         name: RawTensor(dtype=dtype, shape=tuple(shape), data=memoryview(b64decode(text)))
         for name, dtype, shape, text in said
     }
+
+
+def first_magnitudes(session: Session, group: Collective | None) -> Mapping[str, Array]:
+    """DoRA's, by the first process's norms."""
+    backend = session.backend
+    if group is None or group.world == 1:
+        return magnitudes(session)
+    made = shared(group, lambda: {name: backend.to_raw(array) for name, array in magnitudes(session).items()})
+    return {name: backend.from_raw(raw) for name, raw in made.items()}
 
 
 def trained_on(config: FinetuneConfig, files: ModelFiles) -> dict[str, str]:

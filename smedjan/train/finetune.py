@@ -30,7 +30,6 @@ from smedjan.hf.tokenizer import load_tokenizer
 from smedjan.optim.adamw import AdamW, named
 from smedjan.optim.schedule import factor
 from smedjan.passes.lora import Lora
-from smedjan.runtime.adapters import magnitudes
 from smedjan.runtime.select import backend as select_backend
 from smedjan.runtime.session import Session
 from smedjan.train import adapter, fp8
@@ -187,7 +186,7 @@ class Finetune:
             fresh = {**initial_adapter(self.lora, self._shapes, config.seed), **self.start}
             session.parameters.update({name: self.backend.from_raw(raw) for name, raw in fresh.items()})
             session.lora, names = self.lora, list(self.lora.shapes(self._shapes))
-            session.parameters.update(magnitudes(session))
+            session.parameters.update(adapter.first_magnitudes(session, group))
         optim = config.optim
         adamw = AdamW(
             beta1=optim.beta1,

@@ -48,8 +48,8 @@ def test_weights_are_the_ops(dtype: str) -> None:
 
 
 def test_codes_are_bitsandbytes() -> None:
-    """LLM.int8()'s (Dettmers et al. 2022, eq. 2), which multiply by 127 / max where ours divide: they may differ at a tie
-    alone. Its outlier columns are of the input, which here stays as it is."""
+    """LLM.int8()'s (Dettmers et al. 2022, eq. 2), which multiply by 127 / max where ours divide: they may differ at a
+    tie alone. Its outlier columns are of the input, which here stays as it is."""
     arrays, given = backend("torch_reference"), (torch.randn(256, 513) * 0.05).to(torch.float16)
     theirs, largest, _ = bitsandbytes.functional.int8_vectorwise_quant(given)
     parts = stored.quantize("int8", arrays.to_raw(given))

@@ -86,7 +86,7 @@ def test_cached_decoding(on):
     """The factors are made once a generation: the exact backend's bits are peft's, each fast one is near."""
     session, model, _ = adapted(on)
     ids = make_batch(batch=1).peer["input_ids"]
-    cache, past, wide_past, fed = Cache(session, batch=1, capacity=16), None, None, []
+    cache, past, fed = Cache(session, batch=1, capacity=16), None, []
     for start, end in ((0, 4), (4, 5), (5, 6)):
         with torch.no_grad():
             theirs = model(ids[:, start:end], past_key_values=past, use_cache=True)
@@ -95,12 +95,11 @@ def test_cached_decoding(on):
         fed.append((ours, theirs.logits))
         if on == "torch_reference":
             assert_bits(ours, theirs.logits, f"tokens {start} to {end}")
-    model.double()
-    for (start, end), (ours, plain) in zip(((0, 4), (4, 5), (5, 6)), fed, strict=True):
-        with torch.no_grad():
-            wide = model(ids[:, start:end], past_key_values=wide_past, use_cache=True)
-        wide_past = wide.past_key_values
-        assert_near(f"tokens {start} to {end}", ours, wide.logits, plain)
+    with torch.no_grad():
+        wide = model.double()(ids[:, :6]).logits
+    # One token's error is a single draw: of all six, the last two decoded.
+    ours, plain = (torch.cat(each, 1) for each in zip(*fed, strict=True))
+    assert_near("six tokens", ours, wide, plain)
     decode = [program for key, program in session.programs.items() if key[0] == "logits"]
     assert decode
     assert not any(call.node.op.name == "dora_norm" for program in decode for call in program.calls)
