@@ -112,7 +112,7 @@ def _split(tensor: Tensor, ordered: list[Node]) -> Match:
 
 def _linears(graph: Graph, has: Has) -> Iterable[Match]:
     """Linear layers of one tensor in one module (a scope): q, k and v, or gate and up, with their adapters. Those in
-    8-bit floats are groups of their own."""
+    8-bit floats are groups of their own. A parameter is in one group at most, the first: it lies in memory for that."""
     found: dict[tuple[Tensor, str, bool, Any], list[Node]] = {}
     for node in graph.nodes:
         if node.op.name not in ("linear", "lora_linear", "fp8_linear"):
@@ -124,7 +124,9 @@ def _linears(graph: Graph, has: Has) -> Iterable[Match]:
         if kind in ("input", *MADE, fp8_linear.name):
             key = (_input(node, 0), node.scope, node.inputs[2] is not None, kind)
             found.setdefault(key, []).append(node)
-    for (_, _, biased, kind), nodes in found.items():
+    taken: set[Tensor] = set()
+    for (_, _, biased, kind), readers in found.items():
+        nodes = [node for node in readers if _input(node, 1) not in taken]
         adapted = any(node.op is lora_linear for node in nodes)
         if (
             adapted
@@ -132,8 +134,10 @@ def _linears(graph: Graph, has: Has) -> Iterable[Match]:
             and len({(n.attrs["scaling"], _input(n, 3).shape[0]) for n in nodes if n.op is lora_linear}) == 1
         ):
             if len(nodes) > 1:
+                taken.update(_input(node, 1) for node in nodes)
                 yield _group(nodes, biased, adapted=True, together=kind == "input")
         elif not adapted and len(nodes) > 1 and kind not in MADE and has(f"{nodes[0].op.name}_group"):
+            taken.update(_input(node, 1) for node in nodes)
             yield _group(nodes, biased, adapted=False, together=True)
 
 
