@@ -22,10 +22,12 @@ from smedjan.generate.sampling import Sampling
 from smedjan.hf.export import save_model
 from smedjan.hf.import_model import ImportReport, import_model
 from smedjan.hf.load import COMPUTED, MERGE_FIRST, ModelFiles, open_adapter, open_model, open_session, resolve
+from smedjan.hf.new_tokens import files_of
 from smedjan.hf.parity import ParityReport, parity
 from smedjan.hf.peft import merged_weights, read_adapter
 from smedjan.hf.tokenizer import Tokenizer, load_tokenizer
 from smedjan.hf.trained import Trained, trained
+from smedjan.hf.whole_modules import saved_names
 from smedjan.passes.lora import Lora
 from smedjan.runtime.select import backend as select_backend
 from smedjan.runtime.session import Session
@@ -61,6 +63,8 @@ class Model:
     adapters: dict[str, tuple[Lora, dict[str, Any]]] = field(default_factory=dict)
     adapter: str | None = None
     """The name of the one in use."""
+    alone: bool = False
+    """Whether the base is under embeddings or a head that its only adapter holds whole."""
 
     def add_adapter(self, name: str, path: str | Path) -> None:
         """Loads one more adapter beside the same base; `use` lays it there."""
@@ -68,10 +72,20 @@ class Model:
             raise ConfigError(f"{name!r} is there already", field="adapter", remedy="give another name")
         if self.session.int8:
             raise ConfigError("goes with no adapter", field="quantize", remedy=MERGE_FIRST)
+        if self.alone or saved_names(Path(path))[0]:
+            raise ConfigError(
+                "an adapter that holds embeddings or a head whole has no base in common with others",
+                field="adapter",
+                remedy="load it by itself",
+            )
         self.adapters[name] = open_adapter(self.files, self.session.backend, Path(path))
 
     def use(self, name: str | None) -> None:
         """Computes with that adapter from now on, or (None) with the base alone. Nothing is loaded or copied."""
+        if name is None and self.alone:
+            raise ConfigError(
+                "the base is under what its adapter holds whole", field="adapter", remedy="load the base by itself"
+            )
         if name is None:
             self.session.use(None, {})
         elif name in self.adapters:
@@ -88,7 +102,7 @@ class Model:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.files.path)
+        return load_tokenizer(self.files.tokenizer_path)
 
     def logits(self, input_ids: Any, attention_mask: Any = None) -> np.ndarray:
         """float32 [batch, seq, vocab]; bfloat16 results are widened, no bit lost."""
@@ -178,17 +192,18 @@ def load(
         raise ConfigError(f"is {attention!r}", field="attention", remedy="give sdpa or eager")
     several = dict(adapter) if isinstance(adapter, Mapping) else {}
     base, laid = resolve(path, None if isinstance(adapter, Mapping) else adapter)
-    if laid is not None:
-        several = {"default": laid, **several}
-    files = open_model(base)
-    if several and quantize is not None:
+    if quantize is not None and (several or laid is not None):
         raise ConfigError("goes with no adapter", field="quantize", remedy=MERGE_FIRST)
+    files = open_model(base, laid)
     session = open_session(files, chosen, dtype=dtype, attention=attention, int8=quantize is not None)
     model = Model(files, session)
+    if laid is not None:
+        model.adapters["default"] = open_adapter(files, chosen, laid)
+        model.alone = bool(saved_names(laid)[0])
     for name, directory in several.items():
         model.add_adapter(name, directory)
-    if several:
-        model.use(next(iter(several)))
+    if model.adapters:
+        model.use(next(iter(model.adapters)))
     return model
 
 
@@ -206,6 +221,8 @@ def merge(
 ) -> MergeReport:
     """A new model directory with the adapter's product added to the weights, in float32, rounded once.
 
+    Embeddings and heads that the adapter holds whole replace the base's, and so does its tokenizer with new tokens.
+
     onto     "stored": the model as it is stored; "trained": what 4 or 8 bits leave of it, where the adapter was trained
              on that (`qlora`): larger errors of the base, but those that the adapter has learnt to live with
     storage  "nf4" or "int8": what it was trained on, for an adapter that does not say
@@ -214,7 +231,8 @@ def merge(
     """
     if onto not in ("stored", "trained"):
         raise ConfigError(f"is {onto!r}", field="onto", remedy="give stored or trained")
-    files, where = open_model(base), Path(adapter)
+    where = Path(adapter)
+    files = open_model(base, where)
     lora, tensors = read_adapter(where, files.tensors)
     quantized = trained(files, where, storage)
     if onto == "trained" and quantized is None:
@@ -224,14 +242,15 @@ def merge(
             remedy="leave it out, or give --storage nf4 or int8",
         )
     # Rows that cannot be read are an error before anything is written.
-    has_words = (files.path / "tokenizer.json").is_file()
+    has_words = (files.tokenizer_path / "tokenizer.json").is_file()
     rows = examples(files, None if data is None else Path(data)) if check and (has_words or data is not None) else []
     chosen = dtype or files.dtype
     if onto == "trained" and quantized is not None:
         weights, merged, largest = merged_weights(quantized.widened(), quantized.lora, quantized.tensors, chosen)
     else:
         weights, merged, largest = merged_weights(files.tensors, lora, tensors, chosen)
-    save_model(Path(out), files.data, weights, files.path)
+    made = {} if files.own_tokenizer is None else files_of(files.own_tokenizer)
+    save_model(Path(out), files.data, weights, files.path, extra_files=made)
     sha256 = sha256_of(weights)
     del weights
     return MergeReport(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from smedjan.backends.collective import Collective
+from smedjan.backends.peak import matmul_flops
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.errors import ConfigError, Elsewhere
 from smedjan.graph.lowering import RuleTable
@@ -81,6 +83,16 @@ class Backend(ABC):
             field=field,
             remedy="give --backend cuda_triton, or leave it out",
         )
+
+    def peak_flops(self, dtype: str) -> float | None:
+        """FLOP/s that this machine's matrix products of `dtype` reach, measured once in a process; None: unknown."""
+        if dtype not in self._peaks:
+            self._peaks[dtype] = matmul_flops(self, dtype)
+        return self._peaks[dtype]
+
+    @cached_property
+    def _peaks(self) -> dict[str, float]:
+        return {}
 
     def peak_memory(self) -> int:
         """Peak resident or device bytes since `reset_peak_memory`, or of the process where that cannot be reset."""

@@ -64,7 +64,7 @@ class MergeReport:
 
 def examples(files: ModelFiles, data: Path | None) -> list[Example]:
     """The rows of `data` (a folder's test split), cut to the model's context, or PROMPTS; POSITIONS tokens in all."""
-    tokenizer, context = load_tokenizer(files.path), files.config.max_position_embeddings
+    tokenizer, context = load_tokenizer(files.tokenizer_path), files.config.max_position_embeddings
     if data is not None:
         read = read_rows(data, "test")
         rows = list(tokenize_rows(read, tokenizer, max_length=context, too_long="truncate").examples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from smedjan.checkpoint.raw import RawTensor, specs_of
 from smedjan.errors import CheckpointError, ConfigError
 from smedjan.hf.import_model import match_tensors, read_source
 from smedjan.hf.peft import CONFIG as ADAPTER_CONFIG
-from smedjan.hf.peft import read_adapter
+from smedjan.hf.peft import read_adapter, tensors_of
+from smedjan.hf.whole_modules import laid_over, replaced, saved_names
 from smedjan.models.config import read_json_object
 from smedjan.models.decoder_config import DecoderConfig
 from smedjan.models.registry import read_config
@@ -30,24 +31,58 @@ MERGE_FIRST = "merge it into a model first: smedjan merge"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
-    """What a directory holds: `data` is its config.json as read, `tensors` are mapped, in HF's parameter order."""
+    """What a directory holds: `data` is its config.json as read, `tensors` are mapped, in HF's parameter order.
+
+    `tokenizer_path` is where its tokenizer is: an adapter with more tokens than its base brings one.
+    """
 
     path: Path
     data: dict[str, Any]
     config: DecoderConfig
     tensors: Mapping[str, RawTensor]
     dtype: str
+    own_tokenizer: Path | None = None
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.own_tokenizer or self.path
 
 
-def open_model(path: str | Path) -> ModelFiles:
-    """Reads and checks a model directory (or hub id, or .gguf file) without loading its weights."""
+def open_model(path: str | Path, adapter: Path | None = None) -> ModelFiles:
+    """Reads and checks a model directory (or hub id, or .gguf file) without loading its weights. Embeddings and heads
+    that `adapter` holds whole are laid over its own."""
     read = read_source(path, ())
     config = read_config(read.config, read.file)
     tensors, _ignored = match_tensors(read, config)
     dtypes = {spec.dtype for spec in specs_of(tensors).values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     folder = read.files_from or read.file.parent
-    return ModelFiles(path=folder, data=read.config, config=config, tensors=tensors, dtype=dtype)
+    files = ModelFiles(path=folder, data=read.config, config=config, tensors=tensors, dtype=dtype)
+    return files if adapter is None else with_adapter(files, adapter)
+
+
+def with_adapter(files: ModelFiles, adapter: Path) -> ModelFiles:
+    """The model under the whole modules of an adapter; the same model where it has none."""
+    if not saved_names(adapter)[0]:
+        return files
+    held = tensors_of(adapter)
+    data, made = laid_over(files.data, files.config, files.tensors, adapter, held)
+    own = adapter if (adapter / "tokenizer.json").is_file() else files.own_tokenizer
+    return replace(changed(files, data, made), own_tokenizer=own)
+
+
+def changed(files: ModelFiles, data: dict[str, Any], tensors: Mapping[str, RawTensor]) -> ModelFiles:
+    """The model of another config.json, with some tensors in the place of, or beside, its own."""
+    config = read_config(data, files.path / "config.json")
+    everything = replaced(files.tensors, tensors, files.path)
+    for name, shape in config.parameter_shapes().items():
+        if everything.entries[name].spec.shape != shape:
+            raise CheckpointError(
+                f"has shape {list(everything.entries[name].spec.shape)}, not {list(shape)}",
+                field=name,
+                remedy="give the model that this adapter was trained on",
+            )
+    return replace(files, data=data, config=config, tensors=everything)
 
 
 def resolve(path: str | Path, adapter: str | Path | None) -> tuple[str | Path, Path | None]:
@@ -89,6 +124,8 @@ def open_session(
             field="dtype",
             remedy=f"give --dtype {' or '.join(COMPUTED)}",
         )
+    if adapter is not None:
+        files = with_adapter(files, adapter)
     narrow = files.config.linear_weights() if quantized else ()
     codes = files.config.eight_bit_weights() if int8 else ()
     if int8 and adapter is not None:

@@ -17,9 +17,10 @@ from smedjan.checkpoint.raw import RawTensor
 from smedjan.checkpoint.safetensors import open_file, save_file
 from smedjan.errors import CheckpointError, ConfigError
 from smedjan.hf import pissa
+from smedjan.hf.whole_modules import CONFIG, PREFIX
 from smedjan.passes.lora import Lora, a_name, b_name, magnitude_name, module_of
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 
 
 OURS = "smedjan."
@@ -32,14 +33,21 @@ def write_adapter(
     tensors: Mapping[str, RawTensor],
     *,
     base: str,
+    tied: Mapping[str, str] | None = None,
     trained: Mapping[str, str] | None = None,
 ) -> None:
     """`adapter_model.safetensors`, then `adapter_config.json`: where the config is, the adapter is whole.
 
-    `trained` says of the weights under it what `hf/trained.py` reads.
+    Tensors under the model's own names are modules held whole (`whole_modules`). `tied` are second names of some
+    (`DecoderConfig.tied`): PEFT ties them again, and wants them in the file. `trained` says of the weights under
+    it what `hf/trained.py` reads.
     """
+    whole = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
+    stored = {name if name.startswith(PREFIX) else PREFIX + name: tensor for name, tensor in tensors.items()}
+    again = {PREFIX + second: whole[name] for second, name in (tied or {}).items() if name in whole}
+    stored |= again
     ours = {f"{OURS}{key}": value for key, value in (trained or {}).items()}
-    save_file(directory / WEIGHTS, tensors, {"format": "pt", **ours})
+    save_file(directory / WEIGHTS, stored, {"format": "pt", **ours})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -57,6 +65,8 @@ def write_adapter(
         "alpha_pattern": dict(lora.alphas),
         "use_dora": lora.dora,
         "layers_to_transform": None if lora.layers is None else list(lora.layers),
+        "modules_to_save": [name.removesuffix(".weight").rpartition(".")[2] for name in whole] or None,
+        "ensure_weight_tying": bool(again),
     }
     write_atomic(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
@@ -67,7 +77,6 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False, True),
     "use_rslora": (False, True),
     "use_dora": (False, True),
-    "modules_to_save": (None, []),
     "exclude_modules": (None, []),
     "trainable_token_indices": (None, []),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "pissa"),
@@ -79,15 +88,20 @@ NAME = re.compile(r"[\w.]+")
 
 
 def read_adapter(directory: Path, base: Mapping[str, RawTensor]) -> tuple[Lora, Mapping[str, RawTensor]]:
-    """The adapter in a PEFT directory, for the weights of `base`.
+    """The adapter in a PEFT directory, for the weights of `base`; of modules held whole (`modules_to_save`), only the
+    tensors are here: `hf.load.with_adapter` lays them over the model.
 
     A PiSSA adapter that was not converted belongs over the residual, which PEFT too makes of `base` when it loads it.
     """
     lora, init = read_settings(directory)
-    tensors = open_file(directory / WEIGHTS)
+    tensors = tensors_of(directory)
     if init == "pissa":
         return pissa.plain(lora, tensors, pissa.initial(lora, base, init, 0))
     return lora, tensors
+
+
+def tensors_of(directory: Path) -> Mapping[str, RawTensor]:
+    return open_file(directory / WEIGHTS)
 
 
 def read_settings(directory: Path) -> tuple[Lora, Any]:
@@ -194,7 +208,7 @@ def merged_weights(
             after *= to_float32(adapter[magnitude_name(module)])[:, None] / lengths
         largest, merged = max(largest, float(np.abs(after - before).max())), merged + 1
         made[name] = convert(RawTensor.of(np.ascontiguousarray(after.T if lora.transposed else after)), dtype)
-    unused = [name for name in adapter if f"{module_of(name)}.weight" not in tensors]
+    unused = [name for name in adapter if ".lora_" in name and f"{module_of(name)}.weight" not in tensors]
     if unused:
         raise CheckpointError(
             "adapts a module that the model does not have",

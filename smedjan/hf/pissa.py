@@ -110,13 +110,13 @@ def plain(
 ) -> tuple[Lora, dict[str, RawTensor]]:
     """The adapter of twice the rank that means over the base what `trained` means over the residual of `start`."""
     made: dict[str, RawTensor] = {}
-    for name in trained:
-        now = values(trained[name])
+    for name, tensor in trained.items():
         if ".lora_A." in name:
-            now = np.concatenate([now, values(start[name])], axis=0)
+            made[name] = RawTensor.of(np.concatenate([values(tensor), values(start[name])], axis=0))
         elif ".lora_B." in name:
-            now = np.concatenate([now, -values(start[name])], axis=1)
-        made[name] = RawTensor.of(now)
+            made[name] = RawTensor.of(np.concatenate([values(tensor), -values(start[name])], axis=1))
+        else:
+            made[name] = tensor
     factor = sqrt(2.0) if lora.rslora else 2.0  # so that the scaling stays
     doubled = replace(
         lora,
@@ -132,11 +132,11 @@ def parted(lora: Lora, tensors: Mapping[str, RawTensor]) -> tuple[Lora, dict[str
     """What `plain` was made of: (the adapter's settings, what was trained, its start)."""
     trained, start = {}, {}
     for name, tensor in tensors.items():
-        now = values(tensor)
         if ".lora_A." in name:
-            trained[name], start[name] = (RawTensor.of(np.ascontiguousarray(part)) for part in np.split(now, 2, axis=0))
+            parts = np.split(values(tensor), 2, axis=0)
+            trained[name], start[name] = (RawTensor.of(np.ascontiguousarray(part)) for part in parts)
         elif ".lora_B." in name:
-            one, other = np.split(now, 2, axis=1)
+            one, other = np.split(values(tensor), 2, axis=1)
             trained[name], start[name] = (RawTensor.of(np.ascontiguousarray(part)) for part in (one, -other))
         else:
             trained[name] = tensor

@@ -38,7 +38,8 @@ class Trained:
 
     def session(self, backend: Backend) -> Session:
         session = open_session(self.files, backend, dtype=self.dtype, quantized=self.storage)
-        session.use(self.lora, arrays_of(backend, self.tensors))
+        adapters = {name: tensor for name, tensor in self.tensors.items() if ".lora_" in name}
+        session.use(self.lora, arrays_of(backend, adapters))
         return session
 
     def widened(self) -> LazyTensors:

@@ -44,6 +44,8 @@ class Session:
     that are held as `int8_specs`, for inference alone.
     fp8     training takes the products of the blocks' linear layers of 8-bit floats. What measures or uses the model
             does not: its weights stay as they are stored, and others compute with them in their dtype
+    z_loss, label_smoothing, neftune   of training's loss and embeddings (`linear_cross_entropy`, `noised`); a loss that
+            is not differentiated is the plain one
     """
 
     backend: Backend
@@ -58,6 +60,9 @@ class Session:
     storage: str = "nf4"
     fp8: bool = False
     int8: tuple[str, ...] = ()
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    neftune: float = 0.0
 
     def __post_init__(self) -> None:
         self.programs: dict[Any, Program] = {}
@@ -65,6 +70,8 @@ class Session:
         self.switched = 0
         self._pools: dict[str, Any] = {}
         self.quantization_error = 0.0  # |w - codes| / |w| over the weights in `int8`, where they were made
+        self.flops = 0
+        """Of all micro-batches and updates so far, as the costs of their programs count them."""
 
     def use(self, lora: Lora | None, arrays: Mapping[str, Array]) -> None:
         """Lays these adapters beside the base in the place of the present ones. The base stays as it is, and programs
@@ -151,12 +158,19 @@ class Session:
         """loss and grad.NAME for each name; with `accumulate`, each is added to the input total of the same name."""
         key = ("micro", form, tuple(wrt), accumulate, self.lora)
         if key not in self.programs:
-            decoder = Decoder(self.config, form, early=self.lora is None or self.lora.dropout == 0)
+            train = bool(wrt)
+            decoder = Decoder(
+                self.config,
+                form,
+                early=self.lora is None or self.lora.dropout == 0,
+                neftune=self.neftune if train else 0.0,
+            )
             names = {self.config.tied().get(name, name) for name in wrt}
             head = self.config.head
             grads = ("x" if names - {head} or head == self.config.embedding else "") + ("w" if head in names else "")
-            decoder.graph.output("loss", decoder.loss(grads))
-            graph = self.forward(decoder, train=bool(wrt))
+            terms = {"z_loss": self.z_loss, "smoothing": self.label_smoothing} if train else {}
+            decoder.graph.output("loss", decoder.loss(grads, **terms))
+            graph = self.forward(decoder, train=train)
             self._differentiate(graph, wrt, accumulate)
             self.programs[key] = self.finish(graph)
         return self.programs[key]
@@ -206,6 +220,7 @@ class Session:
         inputs.update({f"total.{name}": array for name, array in (totals or {}).items()})
         program = self.micro_program(self.form(batch, rows=rows), wrt, accumulate=totals is not None)
         made = program(inputs, observe=observe) if observe else program(inputs)
+        self.flops += program.cost.flops
         return made["loss"], {name: made[f"grad.{name}"] for name in wrt}
 
     def logits(self, batch: Batch, *, observe: Any = None) -> Array:
@@ -214,9 +229,8 @@ class Session:
         inputs = {**self.parameters, **self.batch_inputs(batch)}
         return (program(inputs, observe=observe) if observe else program(inputs))["logits"]
 
-    def predictions(self, batch: Batch) -> np.ndarray:
-        """The likeliest token at each trained row, int64 [R] in the order of `batch.loss_rows`."""
-        chosen = batch.loss_rows
+    def trained_logits(self, batch: Batch) -> np.ndarray:
+        """The logits at each trained row, float32 [R, V] in the order of `batch.loss_rows`."""
         if self.backend.exact:  # the head on some rows alone has other bits than on all
             logits = self.logits(batch)
         else:
@@ -225,8 +239,11 @@ class Session:
             logits = self.logits_program(self.form(batch, rows=len(chosen)))(inputs)["logits"]
         raw = self.backend.to_raw(logits)
         values = to_float32(raw).reshape(-1, raw.shape[-1])
-        rows = values[batch.loss_rows] if self.backend.exact else values[: len(batch.loss_rows)]
-        return rows.argmax(-1)
+        return values[batch.loss_rows] if self.backend.exact else values[: len(batch.loss_rows)]
+
+    def predictions(self, batch: Batch) -> np.ndarray:
+        """The likeliest token at each trained row, int64 [R] in the order of `batch.loss_rows`."""
+        return self.trained_logits(batch).argmax(-1)
 
 
 def bucket_rows(labels: np.ndarray) -> np.ndarray:

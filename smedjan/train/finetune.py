@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,19 +13,24 @@ from pathlib import Path
 from smedjan.backends.collective import Alone, Collective
 from smedjan.checkpoint.atomic import write_atomic
 from smedjan.checkpoint.dtype import to_float32
+from smedjan.checkpoint.lock import RunLock, request_file
 from smedjan.checkpoint.raw import RawTensor, specs_of
 from smedjan.checkpoint.run_dir import Checkpoint, load_checkpoint, save_checkpoint, sha256_of
 from smedjan.checkpoint.sizes import parse_size
+from smedjan.data.cache import tokenize_file
 from smedjan.data.dataset import Steps, TokenDataset
-from smedjan.data.formats import read_rows
-from smedjan.data.mask import Tokenized, tokenize_rows
+from smedjan.data.formats import conversion
+from smedjan.data.mask import Tokenized
 from smedjan.errors import CheckpointError, ConfigError
-from smedjan.hf import pissa
+from smedjan.hf import new_tokens, pissa
+from smedjan.hf.dataset_hub import data_path
 from smedjan.hf.export import save_model
+from smedjan.hf.hub import Say
 from smedjan.hf.load import ModelFiles, open_model, open_session
 from smedjan.hf.peft import WEIGHTS as ADAPTER_WEIGHTS
 from smedjan.hf.peft import initial_adapter, write_adapter
 from smedjan.hf.tokenizer import load_tokenizer
+from smedjan.hf.whole_modules import parameters_named
 from smedjan.optim.adamw import AdamW, named
 from smedjan.optim.schedule import factor
 from smedjan.passes.lora import Lora
@@ -34,10 +38,15 @@ from smedjan.runtime.select import backend as select_backend
 from smedjan.runtime.session import Session
 from smedjan.train import adapter, fp8
 from smedjan.train.asked import asked
+from smedjan.train.chosen import check_method, chosen
 from smedjan.train.config import FinetuneConfig
+from smedjan.train.header import header
 from smedjan.train.log import Event, RunLog
+from smedjan.train.meter import Meter
 from smedjan.train.processes import together
+from smedjan.train.samples import Samples
 from smedjan.train.step import Trainer, interleaved
+from smedjan.train.track import tracked
 
 PAD_TO = 16
 """Rows are padded to a multiple of this, so that a run needs few programs."""
@@ -53,13 +62,14 @@ class Interrupted(KeyboardInterrupt):
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What a run left behind. `rows` counts kept, truncated and dropped ones; `unstopped` of the kept, uncut ones train
-    no stop token; `trained_share` is of all tokens."""
+    no stop token; `trained_share` is of all tokens; `converted`: what the rows were converted from and to."""
 
     run_dir: Path
     weights_sha256: str
     rows: dict[str, int]
     unstopped: int
     trained_share: float
+    converted: dict[str, str] | None
     steps: int
     backend: str
     exact: bool
@@ -70,8 +80,8 @@ class Run:
 class Finetune:
     """The parts of a run, made and checked before anything is written."""
 
-    def __init__(self, config: FinetuneConfig, *, started: str | None = None) -> None:
-        self.config = config
+    def __init__(self, config: FinetuneConfig, *, started: str | None = None, say: Say = lambda line: None) -> None:
+        self.config, self.say = config, say
         self.started = started or datetime.now(UTC).isoformat(timespec="seconds")
         self.files: ModelFiles = open_model(config.model)
         self.backend = select_backend(config.backend)
@@ -84,6 +94,9 @@ class Finetune:
                 file=self.files.path / "tokenizer.json",
                 remedy="use the tokenizer that belongs to the model",
             )
+        self.tokenizer_files: dict[str, bytes] = {}
+        if config.train.new_tokens is not None:
+            self._add_tokens(config.train.new_tokens)
         self.max_length = config.train.max_length_for(self.files.config.max_position_embeddings)
         self.tokenized = self._tokenize(config.data, "train")
         self.dataset = TokenDataset(self.tokenized.examples)
@@ -102,8 +115,14 @@ class Finetune:
             pad_to=PAD_TO,
         )
         self.lora = None
+        check_method(train, config.method)
+        model = self.files.config
+        grown = (model.embedding, model.head) if self.tokenizer_files else ()
+        self.names = chosen(list(self._shapes), train, model.tied(), grown=grown)
+        self.whole: tuple[str, ...] = ()
         if config.method != "full":
             lora = config.lora
+            self.whole = self._whole_modules()
             self.lora = Lora(
                 rank=lora.rank,
                 alpha=lora.alpha,
@@ -141,6 +160,18 @@ class Finetune:
                             remedy="see smedjan graph for the names, and --lora.targets",
                         )
 
+    def _add_tokens(self, tokens: tuple[str, ...]) -> None:
+        self.tokenizer, ids = new_tokens.with_tokens(self.tokenizer, tokens)
+        self.tokenizer_files = new_tokens.tokenizer_files(self.tokenizer, tokens, ids)
+        self.files = new_tokens.with_rows(self.files, ids, self.config.seed)
+
+    def _whole_modules(self) -> tuple[str, ...]:
+        """The weights that are trained whole beside adapters: those asked for, and those that have new rows."""
+        model = self.files.config
+        asked = parameters_named(self.config.lora.modules_to_save or (), model, "lora.modules_to_save")
+        grown = (model.embedding, model.head) if self.tokenizer_files else ()
+        return tuple(name for name in dict.fromkeys((model.embedding, model.head)) if name in (*asked, *grown))
+
     def _adapted_layers(self, last: int | None) -> tuple[int, ...] | None:
         count = self.files.config.num_hidden_layers
         if last is None:
@@ -159,14 +190,20 @@ class Finetune:
 
     def _tokenize(self, path: Path, split: str) -> Tokenized:
         train = self.config.train
-        return tokenize_rows(
-            read_rows(path, split),
+        path = data_path(path, split, self.say)
+        made = tokenize_file(
+            path,
+            split,
             self.tokenizer,
             max_length=self.max_length,
             loss_on=train.loss_on,
             too_long=train.too_long,
             now=datetime.fromisoformat(self.started),
+            say=self.say,
         )
+        if said := conversion(made.converted):
+            self.say(f"{path}: {said}")
+        return made
 
     def trainer(self, group: Collective | None = None) -> Trainer:
         """The session with fresh adapters, and what is trained of it."""
@@ -178,14 +215,19 @@ class Finetune:
             attention=config.train.attention,
             quantized=config.storage,
         )
-        session.fp8 = config.train.fp8
+        train = config.train
+        session.fp8 = train.fp8
+        session.z_loss, session.label_smoothing, session.neftune = train.z_loss, train.label_smoothing, train.neftune
         if config.train.memory is not None:
             session.memory = parse_size(config.train.memory, "train.memory")
-        names = list(session.parameters)
+        names = self.names
         if self.lora is not None:
             fresh = {**initial_adapter(self.lora, self._shapes, config.seed), **self.start}
             session.parameters.update({name: self.backend.from_raw(raw) for name, raw in fresh.items()})
-            session.lora, names = self.lora, list(self.lora.shapes(self._shapes))
+            # In the order of PEFT's parameters: the embedding first, a head last.
+            head = [name for name in self.whole if name != self.files.config.embedding]
+            first = [name for name in self.whole if name not in head]
+            session.lora, names = self.lora, [*first, *self.lora.shapes(self._shapes), *head]
             session.parameters.update(adapter.first_magnitudes(session, group))
         optim = config.optim
         adamw = AdamW(
@@ -261,32 +303,48 @@ def evaluate_loss(
     return sum(interleaved(group.exchange(losses))) / dataset.trained_tokens
 
 
-def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None = None) -> Run:
-    """Trains, checkpoints and saves. `on_step` sees every event that the log gets, as it is written.
+def finetune(
+    config: FinetuneConfig, *, on_step: Callable[[Event], None] | None = None, say: Say = lambda line: None
+) -> Run:
+    """Trains, checkpoints and saves. `on_step` sees every event that the log gets, as it is written; `say` is told what
+    the person who waits should know of the data.
 
-    Of several processes (`together`) each makes its micro-batches' gradients; the first logs, saves, calls `on_step`.
+    Of several processes (`together`) each makes its micro-batches' gradients; the first logs, saves and speaks.
     """
-    with together(select_backend(config.backend)) as group:
-        return _finetune(config, group, on_step)
-
-
-def _finetune(config: FinetuneConfig, group: Collective, on_step: Callable[[Event], None] | None) -> Run:
     assert config.out is not None, "a dry run is `plan`"
-    out = config.out
+    with together(select_backend(config.backend)) as group:
+        if group.rank != 0:
+            return _finetune(config, config.out, group, None, None, lambda line: None)
+        with RunLock(config.out) as lock, tracked(config.train.track, config.out, on_step) as listener:
+            return _finetune(config, config.out, group, lock, listener, say)
+
+
+def _finetune(
+    config: FinetuneConfig,
+    out: Path,
+    group: Collective,
+    lock: RunLock | None,
+    on_step: Callable[[Event], None] | None,
+    say: Say,
+) -> Run:
     found = load_checkpoint(out) if out.exists() else None
     # A chat template may print the date: a resumed run sees the rows of the day on which it was started.
-    parts = Finetune(config, started=None if found is None else found.state.get("started"))
+    parts = Finetune(config, started=None if found is None else found.state.get("started"), say=say)
     if out.exists() and not config.resume and (found is not None or any(out.iterdir())):
         raise ConfigError("exists already", file=out, field="out", remedy="give --resume, or another directory")
-    parts.backend.reset_peak_memory()
     if parts.starts_apart:
         parts.start = adapter.shared(group, lambda: parts.start) if found is None else adapter.read_start(out)
+    meter = Meter(parts.backend, config.dtype or parts.files.dtype)
+    samples = Samples(parts) if config.train.sample_every and group.rank == 0 else None
     trainer = parts.trainer(group)
     start = 0
     history: list[Event] = []
     if found is not None:
         start, history = _resume(parts, trainer, found, out)
     errors = _fp8_errors(parts, trainer, start)
+    head = header(parts, trainer, meter, start)
+    if lock is not None:
+        lock.acquire()
     group.exchange()  # none writes before all have looked at what is there
     log = RunLog(out / "smedjan" / "log.jsonl", start, on_step, speaks=group.rank == 0)
     if found is None and group.rank == 0:
@@ -300,6 +358,7 @@ def _finetune(config: FinetuneConfig, group: Collective, on_step: Callable[[Even
     history = [*history, leg]
     name = ADAPTER_WEIGHTS if parts.lora is not None else "model.safetensors"
 
+    log.write({"step": start, "header": head})
     if errors:
         log.write({"step": start, "fp8": fp8.summary(errors)})
 
@@ -316,10 +375,11 @@ def _finetune(config: FinetuneConfig, group: Collective, on_step: Callable[[Even
         )
 
     eval_loss = None
-    with asked(several=group.world > 1) as wanted:
+    with asked(request_file(out), several=group.world > 1) as wanted:
         for step in range(start, parts.steps.total):
             batches = parts.steps.batches_for_step(step, group.world)
-            lr, began = parts.learning_rate(step), time.perf_counter()
+            lr = parts.learning_rate(step)
+            meter.start(trainer.session)
             loss, norm = trainer.step(batches, number=step + 1, lr=lr)
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise ConfigError(
@@ -327,7 +387,7 @@ def _finetune(config: FinetuneConfig, group: Collective, on_step: Callable[[Even
                     field="optim.lr",
                     remedy="lower --optim.lr; the last checkpoint is whole",
                 )
-            tokens, seconds = sum(b.tokens for b in batches), time.perf_counter() - began
+            tokens = sum(b.tokens for b in batches)
             log.write(
                 {
                     "step": step + 1,
@@ -337,7 +397,7 @@ def _finetune(config: FinetuneConfig, group: Collective, on_step: Callable[[Even
                     "lr": lr,
                     "tokens": tokens,
                     "trained_tokens": sum(b.trained_tokens for b in batches),
-                    "tokens_per_s": tokens / seconds,
+                    **meter.stop(trainer.session, tokens=tokens, left=parts.steps.total - step - 1),
                     "peak_bytes": parts.backend.peak_memory(),
                 }
             )
@@ -351,12 +411,15 @@ def _finetune(config: FinetuneConfig, group: Collective, on_step: Callable[[Even
                     group=group,
                 )
                 log.write({"step": step + 1, "eval_loss": eval_loss})
+            if samples is not None and (last or _due(config.train.sample_every, step)):
+                log.write({"step": step + 1, "samples": samples(trainer.session)})
             stop, save_now = wanted.agreed(group)
             if last or stop or save_now or _due(config.train.save_every, step):
                 save(step + 1)
+                wanted.saved()
             if stop and not last:
                 raise Interrupted(f"stopped after step {step + 1}; go on with --resume")
-    weights = _save_result(parts, trainer.weights(), out, group)
+    weights = _save_result(parts, trainer.weights() if parts.lora is not None else trainer.all_weights(), out, group)
     examples = parts.tokenized
     plan_hash = next(iter(trainer.session.programs.values())).plan_hash if trainer.session.programs else ""
     counts = examples.counts
@@ -366,6 +429,7 @@ def _finetune(config: FinetuneConfig, group: Collective, on_step: Callable[[Even
         rows={"kept": counts.kept, "truncated": counts.truncated, "dropped": counts.dropped},
         unstopped=counts.unstopped,
         trained_share=parts.dataset.trained_tokens / parts.dataset.tokens,
+        converted=examples.converted,
         steps=parts.steps.total,
         backend=parts.backend.name,
         exact=parts.backend.exact,
@@ -384,6 +448,13 @@ def _due(every: int, step: int) -> bool:
 
 def _resume(parts: Finetune, trainer: Trainer, found: Checkpoint, out: Path) -> tuple[int, list[Event]]:
     for key, value in parts.state([]).items():
+        if key == "data_sha256" and found.state.get(key) != value:
+            raise CheckpointError(
+                f"the rows are not those that the run in {out} was started with (sha256 of their tokens)",
+                file=parts.config.data,
+                field="data",
+                remedy="bring back the file as it was, or start a new --out",
+            )
         if key != "history" and found.state.get(key) != value:
             raise CheckpointError(
                 f"the run was started with another {key}",
@@ -404,11 +475,15 @@ def _save_result(
         lora, weights = pissa.plain(lora, weights, parts.start)
     if group.rank > 0:
         return weights
+    made = parts.tokenizer_files
     if lora is None:
-        save_model(out, parts.files.data, weights, parts.files.path, into_run=True)
-    else:
-        trained = adapter.trained_on(parts.config, parts.files)
-        write_adapter(out, lora, weights, base=str(parts.config.model), trained=trained)
+        save_model(out, parts.files.data, weights, parts.files.path, extra_files=made, into_run=True)
+        return weights
+    if made:
+        for name, content in {**new_tokens.files_of(parts.files.path), **made}.items():
+            write_atomic(out / name, content)
+    trained, tied = adapter.trained_on(parts.config, parts.files), parts.files.config.tied()
+    write_adapter(out, lora, weights, base=str(parts.config.model), tied=tied, trained=trained)
     return weights
 
 

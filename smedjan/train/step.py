@@ -61,6 +61,7 @@ class Trainer:
         """
         losses, grads = self.losses_and_grads(batches, number=number)
         made = self.update(self._inputs(grads, number, lr))
+        self.session.flops += self.update.cost.flops
         for name in self.names:
             self.session.parameters[name] = made[name]
         self.state = {name: made[name] for name in self.state}
@@ -123,6 +124,10 @@ class Trainer:
     def weights(self) -> dict[str, RawTensor]:
         """The trained parameters, on the host."""
         return {name: self.session.backend.to_raw(self.session.parameters[name]) for name in self.names}
+
+    def all_weights(self) -> dict[str, RawTensor]:
+        """Those and the frozen ones, in the model's order."""
+        return {name: self.session.backend.to_raw(array) for name, array in self.session.parameters.items()}
 
     def optimizer_state(self) -> dict[str, RawTensor]:
         """This process's share of it, on the host: all of it, where there is one."""

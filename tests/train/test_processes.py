@@ -138,9 +138,10 @@ def two(tiny, tmp_path_factory):
 
 
 def logged(run_dir):
-    """Events of log.jsonl without what the clock and the memory say."""
+    """Events of log.jsonl behind the header, without what the clock and the memory say."""
     events = [json.loads(line) for line in (run_dir / "smedjan" / "log.jsonl").read_text().splitlines()]
-    return [{key: event[key] for key in event if key not in ("tokens_per_s", "peak_bytes")} for event in events]
+    measured = ("tokens_per_s", "peak_bytes", "mfu", "eta_s")
+    return [{key: event[key] for key in event if key not in measured} for event in events if "header" not in event]
 
 
 @pytest.mark.parametrize("name", ["uneven", "dropout", "adapters", "resumed by two", "idle"])
@@ -274,7 +275,7 @@ def test_accelerate_launch(configure, read_log):
         timeout=120,
     )
     assert child.returncode == 0, child.stderr
-    *steps, end = map(json.loads, child.stdout.splitlines())
+    _header, *steps, end = map(json.loads, child.stdout.splitlines())
     one = smedjan.finetune(replace(config, out=config.out.with_name("one")))
     assert end["weights_sha256"] == one.weights_sha256
     assert [step["loss"] for step in steps] == [event["loss"] for event in read_log(one.run_dir).steps]
@@ -366,10 +367,10 @@ def test_an_environment_that_no_launcher_makes(monkeypatch, environment, field):
     assert raised.value.field == field
 
 
-def test_ctrl_c_that_a_launcher_passes_on_is_one(monkeypatch):
+def test_ctrl_c_that_a_launcher_passes_on_is_one(monkeypatch, tmp_path):
     from smedjan.train import asked
 
-    with asked.asked(several=True) as wanted:
+    with asked.asked(tmp_path / "save.request", several=True) as wanted:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         assert wanted.stop

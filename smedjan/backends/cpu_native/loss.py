@@ -16,12 +16,9 @@ CHUNK_ROWS = 256
 """Rows of logits held at once: 50 MB in float32 for a vocabulary of 49,152."""
 
 
-def _without_z_loss(node):
-    return not node.attrs["z_loss"]
-
-
-@RULES.rule("linear_cross_entropy", label="cpu_native fused head", supports=_without_z_loss)
-def linear_cross_entropy(x, weight, labels, num_items, *, grads, scaling, divisor, cap, z_loss):
+@RULES.rule("linear_cross_entropy", label="cpu_native fused head")
+def linear_cross_entropy(x, weight, labels, num_items, *, grads, scaling, divisor, cap, z_loss, smoothing):
+    """dz = p (1 + 2 z_loss lse) - (1 - smoothing) onehot(label) - smoothing / V"""
     rows = x.reshape(-1, x.shape[-1])
     factor = scaling / divisor
     total = torch.zeros((), dtype=torch.float32)
@@ -34,13 +31,24 @@ def linear_cross_entropy(x, weight, labels, num_items, *, grads, scaling, diviso
         if factor != 1.0:
             logits.mul_(factor)
         capped = torch.tanh(logits.div_(cap)) if cap else None
-        log_probs = torch.log_softmax(logits if capped is None else capped * cap, -1)
+        scores = logits if capped is None else capped * cap
+        log_probs = torch.log_softmax(scores, -1)
         index = target.clamp(min=0).unsqueeze(-1)
-        total -= log_probs.gather(-1, index).squeeze(-1)[trained].sum()
+        picked = log_probs.gather(-1, index)
+        total -= picked[trained].sum() * (1.0 - smoothing)
+        if smoothing:
+            total -= log_probs.sum(-1)[trained].sum() * (smoothing / len(weight))
+        lse = scores.gather(-1, index) - picked if z_loss else None  # z[v] - log p[v] of any v
+        if lse is not None:
+            total += lse[trained].square().sum() * z_loss
         if not grads:
             continue
         dlogits = log_probs.exp_()
-        dlogits.scatter_add_(-1, index, dlogits.new_full(index.shape, -1.0))
+        if lse is not None:
+            dlogits.mul_(lse.mul_(2.0 * z_loss).add_(1.0))
+        if smoothing:
+            dlogits.sub_(smoothing / len(weight))
+        dlogits.scatter_add_(-1, index, dlogits.new_full(index.shape, smoothing - 1.0))
         dlogits.mul_(trained.unsqueeze(-1) * factor / num_items)
         if capped is not None:
             dlogits.mul_(capped.square_().neg_().add_(1.0))
@@ -72,6 +80,7 @@ def planned_cross_entropy(
     divisor: float,
     cap: float,
     z_loss: float,
+    smoothing: float,
 ) -> None:
     x, weight, labels, num_items = ins
     loss, dx, dweight = outs
@@ -90,7 +99,7 @@ def planned_cross_entropy(
             f"cross_entropy_{DTYPES[x.dtype]}",
             (made, labels[part], num_items, losses[part]),
             (*made.shape, made.stride(0), int(bool(grads))),
-            (scaling / divisor, cap, z_loss),
+            (scaling / divisor, cap, z_loss, smoothing),
         )
         call(run, "cross_entropy", entropy)
         if dx is not None:

@@ -226,10 +226,16 @@ def _heads() -> dict[str, tuple[str, Case]]:
     made: dict[str, tuple[str, Case]] = {}
     for grads in ("", "x", "xw"):
         for name, shaping in {"": {}, " shaped": {"scaling": 0.7, "divisor": 1.3, "cap": 4.0}}.items():
-            case = _loss(grads, z_loss=0.05, **shaping)
-            made[f"linear_cross_entropy z-loss{name} {grads or 'none'}"] = ("linear_cross_entropy", case)
-    made["linear_cross_entropy z-loss, cotangent"] = ("linear_cross_entropy", _loss("xw", seeded=True, z_loss=0.05))
-    made["linear_cross_entropy z-loss, ignored"] = ("linear_cross_entropy", _loss("xw", ignored=True, z_loss=0.05))
+            for told, terms in {
+                "z-loss": {"z_loss": 0.05},
+                "smoothed": {"smoothing": 0.1},
+                "both": {"z_loss": 0.05, "smoothing": 0.3},
+            }.items():
+                case = _loss(grads, **terms, **shaping)
+                made[f"linear_cross_entropy {told}{name} {grads or 'none'}"] = ("linear_cross_entropy", case)
+    terms = {"z_loss": 0.05, "smoothing": 0.1}
+    made["linear_cross_entropy both, cotangent"] = ("linear_cross_entropy", _loss("xw", seeded=True, **terms))
+    made["linear_cross_entropy both, ignored"] = ("linear_cross_entropy", _loss("xw", ignored=True, **terms))
     for direction in ("forward", "reverse"):
         for grads in ("", "x", "w", "xw"):
             made[f"linear_kl {direction} {grads or 'none'}"] = ("linear_kl", _kl(grads, direction=direction))
@@ -383,3 +389,8 @@ GROUPS: dict[str, tuple[str, Case]] = {
     "qk_norm_rope of rows": ("qk_norm_rope_bwd", _heads_rope(64, 2)),
 }
 """Of what fusion makes of several ops before a gradient is taken."""
+
+CHUNKED: dict[str, tuple[Case, Case]] = {
+    grads: (_loss(grads, rows=11), _loss(grads, rows=11, z_loss=0.05, smoothing=0.1)) for grads in ("", "x", "w", "xw")
+}
+"""Heads of more rows than a chunk that a test makes small: plain, and with every term."""

@@ -262,11 +262,15 @@ def _loss() -> dict[str, Case]:
         "nll_loss": Case(lambda i: loss.nll_loss(i["x"], i["labels"]), scores, ("x",), 3),
         "pick": Case(lambda i: loss.pick(i["x"], i["labels"]), scores, ("x",)),
         "sum_trained": Case(lambda i: loss.sum_trained(i["x"], i["labels"]), scores, ("x",), 51),
+        "smooth_loss": Case(lambda i: loss.smooth_loss(i["x"], i["labels"]), scores, ("x",), 51),
         "linear_cross_entropy": Case(fused("xw"), head, ("x", "w"), 17, fixed),
         "linear_cross_entropy_x": Case(fused("x"), head, ("x",), 17, fixed),
         "linear_cross_entropy_shaped": Case(
             fused("xw", scaling=0.7, divisor=1.3, cap=2.0), head, ("x", "w"), 17, fixed
         ),
+        "linear_cross_entropy_smoothed": Case(fused("xw", smoothing=0.2), head, ("x", "w"), 17, fixed),
+        "linear_cross_entropy_z_loss": Case(fused("xw", z_loss=0.05), head, ("x", "w"), 17, fixed),
+        "linear_cross_entropy_terms": Case(fused("x", cap=2.0, z_loss=0.05, smoothing=0.2), head, ("x",), 17, fixed),
         "linear_cross_entropy_none": Case(fused(""), head, (), 17, fixed),
     }
 
@@ -276,6 +280,7 @@ def _random() -> dict[str, Case]:
     return {
         "dropout": Case(lambda i: random.dropout(i["x"], i["key"], p=0.3, site=4), arrays, ("x",)),
         "keep_mask": Case(lambda i: random.keep_mask(i["key"], shape=(3, 7), p=0.3, site=1), arrays),
+        "uniform": Case(lambda i: random.uniform(i["key"], shape=(3, 7), bound=0.3, site=1), arrays),
     }
 
 

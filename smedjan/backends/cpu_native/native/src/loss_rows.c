@@ -1,8 +1,9 @@
 /* Cross-entropy of rows of logits, and its gradient in their place:
  *
  *   z = cap tanh(tilt logit), or gain * logit without a cap;  lse = log sum exp(z)
- *   loss = lse - z[label] + z_loss lse^2
- *   dlogit = (exp(z - lse) (1 + 2 z_loss lse) - [label]) slope / num_items,  slope = gain (1 - (z / cap)^2) or gain
+ *   loss = lse - (1 - smoothing) z[label] - smoothing mean(z) + z_loss lse^2
+ *   dlogit = (exp(z - lse) (1 + 2 z_loss lse) - (1 - smoothing) [label] - smoothing / V) slope / num_items
+ *   slope = gain (1 - (z / cap)^2), or gain without a cap
  *
  * A row whose label is -100 has loss 0 and gradient 0. float32 inside, one rounding of each gradient.
  */
@@ -35,6 +36,22 @@ ALWAYS float tanh_of(float x) { return 1.0f - 2.0f / (1.0f + exp_fast(2.0f * x))
                 total += exp_fast(tilt * get_##T(x[i]) - largest);                                                     \
         }                                                                                                              \
         return total;                                                                                                  \
+    }                                                                                                                  \
+                                                                                                                       \
+    /* sum of z */                                                                                                     \
+    ALWAYS float sum_of_##T(const T##_t *x, int64_t size, float tilt, float cap)                                       \
+    {                                                                                                                  \
+        float total = 0;                                                                                               \
+        if (cap != 0.0f) {                                                                                             \
+            SUM_OF(total)                                                                                              \
+            for (int64_t i = 0; i < size; i++)                                                                         \
+                total += cap * tanh_of(tilt * get_##T(x[i]));                                                          \
+        } else {                                                                                                       \
+            SUM_OF(total)                                                                                              \
+            for (int64_t i = 0; i < size; i++)                                                                         \
+                total += tilt * get_##T(x[i]);                                                                         \
+        }                                                                                                              \
+        return total;                                                                                                  \
     }
 
 DEFINE_PASSES(float32)
@@ -45,7 +62,7 @@ DEFINE_PASSES(bfloat16)
     {                                                                                                                  \
         const int64_t rows = s->number[0], vocab = s->number[1], stride = s->number[2], gradient = s->number[3];       \
         const int64_t *labels = s->array[1];                                                                           \
-        const float gain = s->real[0], cap = s->real[1], z_loss = s->real[2];                                          \
+        const float gain = s->real[0], cap = s->real[1], z_loss = s->real[2], smoothing = s->real[3];                  \
         const float per_item = 1.0f / *(const float *)s->array[2];                                                     \
         float *losses = s->array[3];                                                                                   \
         FOR_ROWS(rows)                                                                                                 \
@@ -65,26 +82,28 @@ DEFINE_PASSES(bfloat16)
             const float rest = logf(total), lse = largest + rest;                                                      \
             const float straight = tilt * get_##T(x[label]);                                                           \
             const float chosen = cap != 0.0f ? cap * tanh_of(straight) : straight;                                     \
-            losses[row] = largest - chosen + rest + z_loss * lse * lse;                                                \
+            float loss = largest - chosen + rest + z_loss * lse * lse;                                                 \
+            if (smoothing != 0.0f)                                                                                     \
+                loss += smoothing * (chosen - sum_of_##T(x, vocab, tilt, cap) / (float)vocab);                         \
+            losses[row] = loss;                                                                                        \
             if (!gradient)                                                                                             \
                 continue;                                                                                              \
-            const float weight = (1.0f + 2.0f * z_loss * lse) / total * per_item * gain;                               \
-            const float hit = get_##T(x[label]);                                                                       \
+            const float scale = (1.0f + 2.0f * z_loss * lse) / total * per_item * gain;                                \
+            const float even = smoothing / (float)vocab * per_item * gain;                                             \
+            const float whole = (1.0f - smoothing) * per_item * gain;                                                  \
+            const float bent = cap != 0.0f ? tanh_of(straight) : 0.0f;                                                 \
             if (cap != 0.0f) {                                                                                         \
                 EACH_ELEMENT                                                                                           \
                 for (int64_t i = 0; i < vocab; i++) {                                                                  \
-                    const float bent = tanh_of(tilt * get_##T(x[i]));                                                  \
-                    x[i] = put_##T(exp_fast(cap * bent - largest) * weight * (1.0f - bent * bent));                    \
+                    const float t = tanh_of(tilt * get_##T(x[i]));                                                     \
+                    x[i] = put_##T((exp_fast(cap * t - largest) * scale - even) * (1.0f - t * t));                     \
                 }                                                                                                      \
-                const float bent = tanh_of(tilt * hit);                                                                \
-                x[label] = put_##T(                                                                                    \
-                    (exp_fast(cap * bent - largest) * weight - per_item * gain) * (1.0f - bent * bent));               \
             } else {                                                                                                   \
                 EACH_ELEMENT                                                                                           \
                 for (int64_t i = 0; i < vocab; i++)                                                                    \
-                    x[i] = put_##T(exp_fast(tilt * get_##T(x[i]) - largest) * weight);                                 \
-                x[label] = put_##T(exp_fast(tilt * hit - largest) * weight - per_item * gain);                         \
+                    x[i] = put_##T(exp_fast(tilt * get_##T(x[i]) - largest) * scale - even);                           \
             }                                                                                                          \
+            x[label] = put_##T((exp_fast(chosen - largest) * scale - even - whole) * (1.0f - bent * bent));            \
         }                                                                                                              \
     }
 
