@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,22 @@ from smedjan.checkpoint.dtype import to_float32
 from smedjan.checkpoint.raw import RawTensor, specs_of
 from smedjan.checkpoint.run_dir import sha256_of
 from smedjan.data.collate import IGNORE, Batch
+from smedjan.data.mask import Example
 from smedjan.errors import ConfigError, DataError
+from smedjan.evaluate.fidelity import Comparison, MergeReport, compare, examples, logits_of
 from smedjan.evaluate.run import EvalReport, evaluate
 from smedjan.generate.loop import generate
 from smedjan.generate.sampling import Sampling
 from smedjan.hf.export import save_model
 from smedjan.hf.import_model import ImportReport, import_model
-from smedjan.hf.load import ModelFiles, open_model, open_session, resolve
+from smedjan.hf.load import COMPUTED, MERGE_FIRST, ModelFiles, open_adapter, open_model, open_session, resolve
 from smedjan.hf.new_tokens import files_of
 from smedjan.hf.parity import ParityReport, parity
-from smedjan.hf.peft import MergeReport, merged_weights, read_adapter
+from smedjan.hf.peft import merged_weights, read_adapter
 from smedjan.hf.tokenizer import Tokenizer, load_tokenizer
+from smedjan.hf.trained import Trained, trained
+from smedjan.hf.whole_modules import saved_names
+from smedjan.passes.lora import Lora
 from smedjan.runtime.select import backend as select_backend
 from smedjan.runtime.session import Session
 from smedjan.train.config import FinetuneConfig
@@ -55,6 +60,40 @@ class Model:
 
     files: ModelFiles
     session: Session
+    adapters: dict[str, tuple[Lora, dict[str, Any]]] = field(default_factory=dict)
+    adapter: str | None = None
+    """The name of the one in use."""
+    alone: bool = False
+    """Whether the base is under embeddings or a head that its only adapter holds whole."""
+
+    def add_adapter(self, name: str, path: str | Path) -> None:
+        """Loads one more adapter beside the same base; `use` lays it there."""
+        if name in self.adapters:
+            raise ConfigError(f"{name!r} is there already", field="adapter", remedy="give another name")
+        if self.session.int8:
+            raise ConfigError("goes with no adapter", field="quantize", remedy=MERGE_FIRST)
+        if self.alone or saved_names(Path(path))[0]:
+            raise ConfigError(
+                "an adapter that holds embeddings or a head whole has no base in common with others",
+                field="adapter",
+                remedy="load it by itself",
+            )
+        self.adapters[name] = open_adapter(self.files, self.session.backend, Path(path))
+
+    def use(self, name: str | None) -> None:
+        """Computes with that adapter from now on, or (None) with the base alone. Nothing is loaded or copied."""
+        if name is None and self.alone:
+            raise ConfigError(
+                "the base is under what its adapter holds whole", field="adapter", remedy="load the base by itself"
+            )
+        if name is None:
+            self.session.use(None, {})
+        elif name in self.adapters:
+            self.session.use(*self.adapters[name])
+        else:
+            known = ", ".join(self.adapters) or "none"
+            raise ConfigError(f"{name!r} is not loaded", field="adapter", remedy=f"loaded: {known}; see add_adapter")
+        self.adapter = name
 
     @property
     def config(self) -> dict[str, Any]:
@@ -131,11 +170,13 @@ def load(
     backend: str = "auto",
     device: str | None = None,
     dtype: str | None = None,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Mapping[str, str | Path] | None = None,
     attention: str = "sdpa",
     quantize: str | None = None,
 ) -> Model:
     """A model directory, run directory or hub id, on a backend. A run of LoRA is loaded with its base.
+
+    `adapter`: a directory, or several by name, of which the first is in use (`Model.use` switches).
 
     quantize: "int8" holds the linear layers and the head as 8-bit codes with a scale a row, for decoding: the products
     are taken in float32 with `dtype` activations, the weights are off by at most half a scale each.
@@ -149,27 +190,92 @@ def load(
         )
     if attention not in ("sdpa", "eager"):
         raise ConfigError(f"is {attention!r}", field="attention", remedy="give sdpa or eager")
-    base, laid = resolve(path, adapter)
+    several = dict(adapter) if isinstance(adapter, Mapping) else {}
+    base, laid = resolve(path, None if isinstance(adapter, Mapping) else adapter)
+    if quantize is not None and (several or laid is not None):
+        raise ConfigError("goes with no adapter", field="quantize", remedy=MERGE_FIRST)
     files = open_model(base, laid)
-    session = open_session(files, chosen, dtype=dtype, attention=attention, adapter=laid, int8=quantize is not None)
-    return Model(files, session)
+    session = open_session(files, chosen, dtype=dtype, attention=attention, int8=quantize is not None)
+    model = Model(files, session)
+    if laid is not None:
+        model.adapters["default"] = open_adapter(files, chosen, laid)
+        model.alone = bool(saved_names(laid)[0])
+    for name, directory in several.items():
+        model.add_adapter(name, directory)
+    if model.adapters:
+        model.use(next(iter(model.adapters)))
+    return model
 
 
-def merge(base: str | Path, adapter: str | Path, out: str | Path, *, dtype: str | None = None) -> MergeReport:
+def merge(
+    base: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    onto: str = "stored",
+    storage: str | None = None,
+    check: bool = True,
+    data: str | Path | None = None,
+    backend: str = "auto",
+) -> MergeReport:
     """A new model directory with the adapter's product added to the weights, in float32, rounded once.
 
     Embeddings and heads that the adapter holds whole replace the base's, and so does its tokenizer with new tokens.
-    The base is the model as it is stored, also for an adapter that was trained on its 4-bit weights (`qlora`).
+
+    onto     "stored": the model as it is stored; "trained": what 4 or 8 bits leave of it, where the adapter was trained
+             on that (`qlora`): larger errors of the base, but those that the adapter has learnt to live with
+    storage  "nf4" or "int8": what it was trained on, for an adapter that does not say
+    check    runs the adapter beside its base, and the model that was written, on the same rows (of `data`, or a few
+             prompts), and reports how far they are apart
     """
-    files = open_model(base, Path(adapter))
-    lora, tensors = read_adapter(Path(adapter))
+    if onto not in ("stored", "trained"):
+        raise ConfigError(f"is {onto!r}", field="onto", remedy="give stored or trained")
+    where = Path(adapter)
+    files = open_model(base, where)
+    lora, tensors = read_adapter(where, files.tensors)
+    quantized = trained(files, where, storage)
+    if onto == "trained" and quantized is None:
+        raise ConfigError(
+            "the adapter does not say that it was trained on other weights than the stored ones",
+            field="onto",
+            remedy="leave it out, or give --storage nf4 or int8",
+        )
+    # Rows that cannot be read are an error before anything is written.
+    has_words = (files.tokenizer_path / "tokenizer.json").is_file()
+    rows = examples(files, None if data is None else Path(data)) if check and (has_words or data is not None) else []
     chosen = dtype or files.dtype
-    weights, merged, largest = merged_weights(files.tensors, lora, tensors, chosen)
+    if onto == "trained" and quantized is not None:
+        weights, merged, largest = merged_weights(quantized.widened(), quantized.lora, quantized.tensors, chosen)
+    else:
+        weights, merged, largest = merged_weights(files.tensors, lora, tensors, chosen)
     made = {} if files.own_tokenizer is None else files_of(files.own_tokenizer)
     save_model(Path(out), files.data, weights, files.path, extra_files=made)
+    sha256 = sha256_of(weights)
+    del weights
     return MergeReport(
-        out=str(out), dtype=chosen, merged=merged, largest_change=largest, weights_sha256=sha256_of(weights)
+        out=str(out),
+        dtype=chosen,
+        merged=merged,
+        largest_change=largest,
+        weights_sha256=sha256,
+        comparisons=_beside_merged(files, where, quantized, Path(out), rows, backend) if rows else (),
     )
+
+
+def _beside_merged(
+    files: ModelFiles, adapter: Path, quantized: Trained | None, out: Path, rows: list[Example], backend: str
+) -> tuple[Comparison, ...]:
+    """One model at a time is in memory, and the logits of all."""
+    chosen, found = select_backend(backend), {}
+    if quantized is not None:
+        found[f"adapter beside {quantized.storage}"] = logits_of(quantized.session(chosen), rows)
+    dtype = files.dtype if files.dtype in COMPUTED else "float32"
+    found["adapter beside base"] = logits_of(open_session(files, chosen, dtype=dtype, adapter=adapter), rows)
+    made = open_model(out)
+    dtype = made.dtype if made.dtype in COMPUTED else "float32"
+    after = logits_of(open_session(made, chosen, dtype=dtype), rows)
+    return tuple(compare(name, "merged", before, after, rows) for name, before in found.items())
 
 
 def parameters_of(files: ModelFiles) -> int:

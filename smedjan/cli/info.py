@@ -48,13 +48,13 @@ def info(
 
 def _adapter(directory: Path) -> dict[str, Any] | None:
     """Of a directory that holds an adapter and no model of its own."""
-    from smedjan.hf.peft import CONFIG, read_adapter
+    from smedjan.hf.peft import CONFIG, read_settings
     from smedjan.models.config import read_json_object
 
     file = directory / CONFIG
     if not file.is_file() or (directory / "config.json").is_file():
         return None
-    lora, _tensors = read_adapter(directory)
+    lora, _init = read_settings(directory)
     base = read_json_object(file).get("base_model_name_or_path")
     if not isinstance(base, str):
         raise CheckpointError(

@@ -8,22 +8,25 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from smedjan.backends.base import Backend
+from smedjan.backends.base import Array, Backend
 from smedjan.checkpoint import int8 as eight
-from smedjan.checkpoint import nf4
+from smedjan.checkpoint import stored
 from smedjan.checkpoint.dtype import convert
 from smedjan.checkpoint.raw import RawTensor, specs_of
 from smedjan.errors import CheckpointError, ConfigError
 from smedjan.hf.import_model import match_tensors, read_source
 from smedjan.hf.peft import CONFIG as ADAPTER_CONFIG
-from smedjan.hf.peft import read_adapter
+from smedjan.hf.peft import read_adapter, tensors_of
 from smedjan.hf.whole_modules import laid_over, replaced, saved_names
 from smedjan.models.config import read_json_object
 from smedjan.models.decoder_config import DecoderConfig
 from smedjan.models.registry import read_config
+from smedjan.passes.lora import Lora
 from smedjan.runtime.session import Session
 
 COMPUTED = ("float32", "bfloat16")
+
+MERGE_FIRST = "merge it into a model first: smedjan merge"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,7 @@ def with_adapter(files: ModelFiles, adapter: Path) -> ModelFiles:
     """The model under the whole modules of an adapter; the same model where it has none."""
     if not saved_names(adapter)[0]:
         return files
-    held = read_adapter(adapter)[1]
+    held = tensors_of(adapter)
     data, made = laid_over(files.data, files.config, files.tensors, adapter, held)
     own = adapter if (adapter / "tokenizer.json").is_file() else files.own_tokenizer
     return replace(changed(files, data, made), own_tokenizer=own)
@@ -105,13 +108,13 @@ def open_session(
     dtype: str | None = None,
     attention: str = "sdpa",
     adapter: Path | None = None,
-    quantized: bool = False,
+    quantized: str | None = None,
     int8: bool = False,
 ) -> Session:
     """Weights on the backend. `adapter` is a directory in PEFT's layout, laid beside the frozen weights.
 
-    With `quantized`, the linear weights of the blocks become NF4, from their values in `dtype`, one at a time. With
-    `int8`, they and the head become 8-bit codes, from their values as stored.
+    With `quantized`, the linear weights of the blocks become nf4 or int8, from their values in `dtype`, one at a time.
+    With `int8`, they and the head become 8-bit codes for inference, from their values as stored.
     """
     chosen = dtype or files.dtype
     if chosen not in COMPUTED:
@@ -126,7 +129,7 @@ def open_session(
     narrow = files.config.linear_weights() if quantized else ()
     codes = files.config.eight_bit_weights() if int8 else ()
     if int8 and adapter is not None:
-        raise ConfigError("goes with no adapter", field="quantize", remedy="merge it into a model first: smedjan merge")
+        raise ConfigError("goes with no adapter", field="quantize", remedy=MERGE_FIRST)
     parameters = {}
     squares = missed = 0.0
     for name, tensor in files.tensors.items():
@@ -137,26 +140,40 @@ def open_session(
             continue
         made = {name: convert(tensor, chosen)}
         if name in narrow:
-            made = {f"{name}.{suffix}": part for suffix, part in nf4.quantize(made[name]).items()}
+            assert quantized is not None
+            made = {f"{name}.{suffix}": part for suffix, part in stored.quantize(quantized, made[name]).items()}
         parameters.update({key: backend.from_raw(raw) for key, raw in made.items()})
         tensor.drop_pages()  # the backend has its own copy
-    lora = None
-    if adapter is not None:
-        lora, tensors = read_adapter(adapter)
-        expected = lora.shapes({name: spec.shape for name, spec in specs_of(files.tensors).items()})
-        for name, shape in expected.items():
-            if name not in tensors or tensors[name].shape != shape:
-                raise CheckpointError(
-                    "is missing"
-                    if name not in tensors
-                    else f"has shape {list(tensors[name].shape)}, not {list(shape)}",
-                    file=adapter,
-                    field=name,
-                    remedy="give the model that this adapter was trained on",
-                )
-        parameters.update({name: backend.from_raw(convert(tensors[name], "float32")) for name in expected})
     session = Session(
-        backend, files.config, parameters, chosen, attention=attention, lora=lora, quantized=narrow, int8=codes
+        backend,
+        files.config,
+        parameters,
+        chosen,
+        attention=attention,
+        quantized=narrow,
+        storage=quantized or "nf4",
+        int8=codes,
     )
     session.quantization_error = sqrt(missed / squares) if squares else 0.0
+    if adapter is not None:
+        session.use(*open_adapter(files, backend, adapter))
     return session
+
+
+def open_adapter(files: ModelFiles, backend: Backend, directory: Path) -> tuple[Lora, dict[str, Array]]:
+    """An adapter of this model on the backend: every tensor checked."""
+    lora, tensors = read_adapter(directory, files.tensors)
+    expected = lora.shapes({name: spec.shape for name, spec in specs_of(files.tensors).items()})
+    for name, shape in expected.items():
+        if name not in tensors or tensors[name].shape != shape:
+            raise CheckpointError(
+                "is missing" if name not in tensors else f"has shape {list(tensors[name].shape)}, not {list(shape)}",
+                file=directory,
+                field=name,
+                remedy="give the model that this adapter was trained on",
+            )
+    return lora, arrays_of(backend, {name: tensors[name] for name in expected})
+
+
+def arrays_of(backend: Backend, tensors: Mapping[str, RawTensor]) -> dict[str, Array]:
+    return {name: backend.from_raw(convert(tensor, "float32")) for name, tensor in tensors.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,15 @@ from smedjan.checkpoint.dtype import convert, to_float32
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.checkpoint.safetensors import open_file, save_file
 from smedjan.errors import CheckpointError, ConfigError
+from smedjan.hf import pissa
 from smedjan.hf.whole_modules import CONFIG, PREFIX
-from smedjan.passes.lora import Lora, a_name, b_name
+from smedjan.passes.lora import Lora, a_name, b_name, magnitude_name, module_of
 
 WEIGHTS = "adapter_model.safetensors"
+
+
+OURS = "smedjan."
+"""Begins the keys of the weights' metadata that PEFT does not know, and does not read."""
 
 
 def write_adapter(
@@ -29,17 +34,20 @@ def write_adapter(
     *,
     base: str,
     tied: Mapping[str, str] | None = None,
+    trained: Mapping[str, str] | None = None,
 ) -> None:
     """`adapter_model.safetensors`, then `adapter_config.json`: where the config is, the adapter is whole.
 
     Tensors under the model's own names are modules held whole (`whole_modules`). `tied` are second names of some
-    (`DecoderConfig.tied`): PEFT ties them again, and wants them in the file.
+    (`DecoderConfig.tied`): PEFT ties them again, and wants them in the file. `trained` says of the weights under
+    it what `hf/trained.py` reads.
     """
     whole = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
     stored = {name if name.startswith(PREFIX) else PREFIX + name: tensor for name, tensor in tensors.items()}
     again = {PREFIX + second: whole[name] for second, name in (tied or {}).items() if name in whole}
     stored |= again
-    save_file(directory / WEIGHTS, stored, {"format": "pt"})
+    ours = {f"{OURS}{key}": value for key, value in (trained or {}).items()}
+    save_file(directory / WEIGHTS, stored, {"format": "pt", **ours})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -55,7 +63,7 @@ def write_adapter(
         "use_rslora": lora.rslora,
         "rank_pattern": dict(lora.ranks),
         "alpha_pattern": dict(lora.alphas),
-        "use_dora": False,
+        "use_dora": lora.dora,
         "layers_to_transform": None if lora.layers is None else list(lora.layers),
         "modules_to_save": [name.removesuffix(".weight").rpartition(".")[2] for name in whole] or None,
         "ensure_weight_tying": bool(again),
@@ -68,18 +76,36 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "fan_in_fan_out": (False, True),
     "use_rslora": (False, True),
-    "use_dora": (False,),
+    "use_dora": (False, True),
     "exclude_modules": (None, []),
     "trainable_token_indices": (None, []),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "pissa"),
 }
-"""Keys of adapter_config.json whose other values we do not compute."""
+"""Keys of adapter_config.json whose other values we do not compute. Other starts than these change the base at random:
+an adapter that was saved without a conversion to plain LoRA is of a base that nobody can make again."""
 
 NAME = re.compile(r"[\w.]+")
 
 
-def read_adapter(directory: Path) -> tuple[Lora, Mapping[str, RawTensor]]:
-    """The adapter in a PEFT directory. What plain LoRA does not cover is an error, never ignored; of modules held whole
-    (`modules_to_save`), only the tensors are here: `hf.load.with_adapter` lays them over the model."""
+def read_adapter(directory: Path, base: Mapping[str, RawTensor]) -> tuple[Lora, Mapping[str, RawTensor]]:
+    """The adapter in a PEFT directory, for the weights of `base`; of modules held whole (`modules_to_save`), only the
+    tensors are here: `hf.load.with_adapter` lays them over the model.
+
+    A PiSSA adapter that was not converted belongs over the residual, which PEFT too makes of `base` when it loads it.
+    """
+    lora, init = read_settings(directory)
+    tensors = tensors_of(directory)
+    if init == "pissa":
+        return pissa.plain(lora, tensors, pissa.initial(lora, base, init, 0))
+    return lora, tensors
+
+
+def tensors_of(directory: Path) -> Mapping[str, RawTensor]:
+    return open_file(directory / WEIGHTS)
+
+
+def read_settings(directory: Path) -> tuple[Lora, Any]:
+    """`adapter_config.json`, and its init_lora_weights. What we do not compute is an error, never ignored."""
     file = directory / CONFIG
     try:
         config = json.loads(file.read_text())
@@ -104,12 +130,13 @@ def read_adapter(directory: Path) -> tuple[Lora, Mapping[str, RawTensor]]:
             ranks=_pattern(config, "rank_pattern", int, file),
             alphas=_pattern(config, "alpha_pattern", float, file),
             rslora=config.get("use_rslora") is True,
+            dora=config.get("use_dora") is True,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"is missing or no number: {error}", file=file, field="r", remedy="save it with PEFT"
         ) from error
-    return lora, open_file(directory / WEIGHTS)
+    return lora, config.get("init_lora_weights", True)
 
 
 def _pattern(config: Mapping[str, Any], key: str, number: type[Any], file: Path) -> tuple[tuple[str, Any], ...]:
@@ -138,9 +165,10 @@ def _layers(value: Any, file: Path) -> tuple[int, ...] | None:
 
 
 def initial_adapter(lora: Lora, shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, RawTensor]:
-    """A uniform in +-1 / sqrt(in) (PEFT's kaiming_uniform with a = sqrt 5), B zero; from seed and site alone."""
+    """A uniform in +-1 / sqrt(in) (PEFT's kaiming_uniform with a = sqrt 5), B zero; from seed and site alone. DoRA's
+    magnitudes come of the weights (`runtime/adapters.py`)."""
     made = {}
-    for site, (name, shape) in enumerate(lora.shapes(shapes).items()):
+    for site, (name, shape) in enumerate(replace(lora, dora=False).shapes(shapes).items()):
         if ".lora_A." in name:
             bound = 1.0 / np.sqrt(shape[1])
             generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, site])))
@@ -151,27 +179,20 @@ def initial_adapter(lora: Lora, shapes: Mapping[str, tuple[int, ...]], seed: int
     return made
 
 
-@dataclass(frozen=True, kw_only=True)
-class MergeReport:
-    """What `merge` wrote: modules that had an adapter, and the largest change of a weight."""
-
-    out: str
-    dtype: str
-    merged: int
-    largest_change: float
-    weights_sha256: str
-
-
 def merged_weights(
     tensors: Mapping[str, RawTensor], lora: Lora, adapter: Mapping[str, RawTensor], dtype: str
 ) -> tuple[dict[str, RawTensor], int, float]:
-    """W + s B A in float32, rounded to `dtype` once. Gives (weights, merged modules, largest change)."""
+    """W + s B A in float32, rounded to `dtype` once; of DoRA its rows are as long as their magnitude. Gives (weights,
+    merged modules, largest change)."""
     made, merged, largest = {}, 0, 0.0
     for name, tensor in tensors.items():
         module = name.removesuffix(".weight")
         if a_name(module) not in adapter:
             made[name] = convert(tensor, dtype)
             continue
+        for part in (b_name(module), *((magnitude_name(module),) if lora.dora else ())):
+            if part not in adapter:
+                raise CheckpointError("is missing", field=part, remedy="save the adapter again")
         a, b = adapter[a_name(module)], adapter[b_name(module)]
         adapted = (b.shape[0], a.shape[1])[:: -1 if lora.transposed else 1]
         if adapted != tensor.shape:
@@ -180,12 +201,14 @@ def merged_weights(
                 field=a_name(module),
                 remedy="give the model that this adapter was trained on",
             )
-        delta = to_float32(b).reshape(b.shape) @ to_float32(a).reshape(a.shape) * np.float32(lora.scaling_of(module))
-        values = to_float32(tensor).reshape(tensor.shape) + (delta.T if lora.transposed else delta)
-        largest, merged = max(largest, float(np.abs(delta).max())), merged + 1
-        wide = RawTensor(dtype="float32", shape=tensor.shape, data=memoryview(values.reshape(-1)).cast("B"))
-        made[name] = convert(wide, dtype)
-    unused = [name for name in adapter if name.endswith("lora_A.weight") and _weight_of(name) not in tensors]
+        before = pissa.values(tensor).T if lora.transposed else pissa.values(tensor)
+        after = before + pissa.values(b) @ pissa.values(a) * np.float32(lora.scaling_of(module))
+        if lora.dora:
+            lengths = np.linalg.norm(after, axis=1, keepdims=True)
+            after *= to_float32(adapter[magnitude_name(module)])[:, None] / lengths
+        largest, merged = max(largest, float(np.abs(after - before).max())), merged + 1
+        made[name] = convert(RawTensor.of(np.ascontiguousarray(after.T if lora.transposed else after)), dtype)
+    unused = [name for name in adapter if ".lora_" in name and f"{module_of(name)}.weight" not in tensors]
     if unused:
         raise CheckpointError(
             "adapts a module that the model does not have",
@@ -193,7 +216,3 @@ def merged_weights(
             remedy="give the model that this adapter was trained on",
         )
     return made, merged, largest
-
-
-def _weight_of(adapter_name: str) -> str:
-    return adapter_name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") + ".weight"

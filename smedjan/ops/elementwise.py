@@ -111,6 +111,22 @@ def _(dys, ins, outs, needs, acc):
 
 
 @op
+def div(a: Tensor, b: Tensor) -> Spec:
+    """y = a / b, broadcast"""
+    require(a.dtype == b.dtype, f"div of {a.dtype} and {b.dtype}: cast first")
+    return a.like(shape=broadcast(a.shape, b.shape))
+
+
+@div.vjp
+def _(dys, ins, outs, needs, acc):
+    a, b = ins
+    return (
+        unbroadcast(div(dys[0], b), a) if needs[0] else None,
+        unbroadcast(mul(scale(dys[0], factor=-1.0), div(div(a, b), b)), b) if needs[1] else None,
+    )
+
+
+@op
 def scale(x: Tensor, *, factor: float) -> Spec:
     """y = factor * x, with a constant factor"""
     return x.like()

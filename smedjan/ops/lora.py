@@ -1,5 +1,5 @@
 """Linear layers with low-rank adapters beside them (Hu et al. 2022, eq. 3), as ops for backends that fuse them: one
-layer, and several of one input (q, k and v; gate and up)."""
+layer, and several of one input (q, k and v; gate and up). And the norms that DoRA divides by (Liu et al. 2024)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TypeVar
 from smedjan.graph.op import op, require
 from smedjan.graph.rewrite import backward_by_decomposition
 from smedjan.graph.tensor import Spec, Tensor
-from smedjan.ops.elementwise import add, cast, scale
-from smedjan.ops.linear import bias_grad, linear, linear_dw
+from smedjan.ops.elementwise import add, cast, mul, reshape, rsqrt, scale, square, sum_to
+from smedjan.ops.linear import bias_grad, linear, linear_dw, linear_dx
 from smedjan.ops.shape import concat, narrow
 
 T = TypeVar("T")
@@ -243,3 +243,27 @@ def _group_forward(dy, x, low, acc, *tensors, adapted, needs, scaling, together)
 
 
 backward_by_decomposition(lora_linear_group_bwd, lora_linear_group, _group_forward)
+
+
+@op(cost=lambda node: 2 * node.inputs[0].numel * (node.inputs[1].shape[0] + 2))
+def dora_norm(weight: Tensor, a: Tensor, b: Tensor, *, scaling: float) -> Spec:
+    """n = |W + s B A| of each row       W [O, I], A [r, I], B [O, r] float32 -> n [O], all in float32
+
+    A constant to the gradient (Liu et al. 2024, section 4.3; `peft` detaches it).
+    """
+    fits = a.dtype == b.dtype == "float32" and weight.shape == (b.shape[0], a.shape[1]) and a.shape[0] == b.shape[1]
+    require(fits, f"dora_norm: W {weight.shape}, A {a.shape} {a.dtype}, B {b.shape} {b.dtype}")
+    return Spec(weight.shape[:1], "float32")
+
+
+@dora_norm.decompose
+def _(weight, a, b, *, scaling):
+    rows = weight.shape[0]
+    whole = add(cast(weight, "float32"), scale(linear_dx(b, a), factor=scaling))
+    total = reshape(sum_to(square(whole), shape=(rows, 1)), shape=(rows,))
+    return mul(total, rsqrt(total))
+
+
+@dora_norm.vjp
+def _(dys, ins, outs, needs, acc, *, scaling):
+    return None, None, None

@@ -1,15 +1,17 @@
 """Weights of 4 and 8 bits. They are frozen: products with them have a gradient to x alone.
 
 NF4 is bitsandbytes' format, written down in `checkpoint/nf4.py`: codes, a scale for each BLOCK values, and a scale and
-an offset for those scales.
+an offset for those scales. int8 (`checkpoint/int8.py`) has a scale for each row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from math import prod
 
 from smedjan.graph.op import op, require
 from smedjan.graph.tensor import Spec, Tensor
+from smedjan.ops.elementwise import cast, mul, reshape
 from smedjan.ops.embedding import embedding
 from smedjan.ops.linear import bias_grad, linear, linear_dx
 
@@ -29,6 +31,22 @@ def nf4_specs(shape: tuple[int, ...]) -> dict[str, Spec]:
         "nested_absmax": Spec((-(-blocks // NESTED_BLOCK),), "float32"),
         "offset": Spec((), "float32"),
     }
+
+
+def int8_specs(shape: tuple[int, ...]) -> dict[str, Spec]:
+    """What a weight of that shape is stored as: NAME.int8, NAME.scale."""
+    return {"int8": Spec(shape, "int8"), "scale": Spec(shape[:1], "float32")}
+
+
+STORED: dict[str, Callable[[tuple[int, ...]], dict[str, Spec]]] = {"nf4": nf4_specs, "int8": int8_specs}
+"""What weights may be stored as; the first part of each has the name of its format."""
+
+
+def dequantize(storage: str, parts: Sequence[Tensor], *, shape: tuple[int, ...], dtype: str) -> Tensor:
+    """The weight of a format's parts."""
+    if storage == "int8":
+        return int8_dequantize(*parts, dtype=dtype)
+    return nf4_dequantize(*parts, shape=shape, dtype=dtype)
 
 
 def _check_nf4(name: str, parts: tuple[Tensor, ...], shape: tuple[int, ...]) -> None:
@@ -103,6 +121,11 @@ def int8_dequantize(codes: Tensor, scale: Tensor, *, dtype: str) -> Spec:
     """w = codes * scale       codes int8 [O, I], scale float32 [O] -> w [O, I], in float32, rounded to `dtype` once"""
     require(codes.dtype == "int8" and scale.spec == Spec(codes.shape[:1], "float32"), f"int8: {codes}, scale {scale}")
     return codes.like(dtype=dtype)
+
+
+@int8_dequantize.decompose
+def _(codes, scale, *, dtype):
+    return cast(mul(cast(codes, "float32"), reshape(scale, shape=(codes.shape[0], 1))), dtype)
 
 
 @op(cost=_flops)

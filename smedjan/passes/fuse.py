@@ -27,6 +27,9 @@ from smedjan.ops.shape import split
 Has = Callable[[str], bool]
 New = Callable[[Tensor], Tensor]
 
+MADE = ("nf4_dequantize", "int8_dequantize")
+"""What makes weights in the graph, of fewer bits."""
+
 
 @dataclass(frozen=True)
 class Match:
@@ -109,7 +112,7 @@ def _split(tensor: Tensor, ordered: list[Node]) -> Match:
 
 def _linears(graph: Graph, has: Has) -> Iterable[Match]:
     """Linear layers of one tensor in one module (a scope): q, k and v, or gate and up, with their adapters. Those in
-    8-bit floats are groups of their own."""
+    8-bit floats are groups of their own. A parameter is in one group at most, the first: it lies in memory for that."""
     found: dict[tuple[Tensor, str, bool, Any], list[Node]] = {}
     for node in graph.nodes:
         if node.op.name not in ("linear", "lora_linear", "fp8_linear"):
@@ -118,10 +121,12 @@ def _linears(graph: Graph, has: Has) -> Iterable[Match]:
         kind = "input" if weight.node.op is INPUT else weight.node.op.name
         if node.op is fp8_linear:
             kind = fp8_linear.name
-        if kind in ("input", "nf4_dequantize", fp8_linear.name):
+        if kind in ("input", *MADE, fp8_linear.name):
             key = (_input(node, 0), node.scope, node.inputs[2] is not None, kind)
             found.setdefault(key, []).append(node)
-    for (_, _, biased, kind), nodes in found.items():
+    taken: set[Tensor] = set()
+    for (_, _, biased, kind), readers in found.items():
+        nodes = [node for node in readers if _input(node, 1) not in taken]
         adapted = any(node.op is lora_linear for node in nodes)
         if (
             adapted
@@ -129,8 +134,10 @@ def _linears(graph: Graph, has: Has) -> Iterable[Match]:
             and len({(n.attrs["scaling"], _input(n, 3).shape[0]) for n in nodes if n.op is lora_linear}) == 1
         ):
             if len(nodes) > 1:
+                taken.update(_input(node, 1) for node in nodes)
                 yield _group(nodes, biased, adapted=True, together=kind == "input")
-        elif not adapted and len(nodes) > 1 and kind != "nf4_dequantize" and has(f"{nodes[0].op.name}_group"):
+        elif not adapted and len(nodes) > 1 and kind not in MADE and has(f"{nodes[0].op.name}_group"):
+            taken.update(_input(node, 1) for node in nodes)
             yield _group(nodes, biased, adapted=False, together=True)
 
 

@@ -11,15 +11,10 @@ from collections.abc import Iterable
 
 from smedjan.graph.node import INPUT, Graph, Node
 from smedjan.graph.rewrite import Replay, prune
-from smedjan.graph.tensor import Spec, Tensor
+from smedjan.graph.tensor import Tensor
 from smedjan.ops.embedding import embedding
 from smedjan.ops.linear import linear
-from smedjan.ops.quantized import int8_dequantize, int8_embedding, int8_linear
-
-
-def int8_specs(shape: tuple[int, ...]) -> dict[str, Spec]:
-    """What a weight [O, I] is stored as, by the suffix of its name."""
-    return {"int8": Spec(shape, "int8"), "scale": Spec(shape[:1], "float32")}
+from smedjan.ops.quantized import int8_dequantize, int8_embedding, int8_linear, int8_specs
 
 
 class _Int8(Replay):

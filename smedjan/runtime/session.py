@@ -11,7 +11,7 @@ import numpy as np
 from smedjan.backends.base import Array, Backend
 from smedjan.checkpoint.dtype import to_float32
 from smedjan.checkpoint.raw import RawTensor
-from smedjan.errors import ShapeError
+from smedjan.errors import ConfigError, ShapeError
 from smedjan.graph.grad import grad
 from smedjan.graph.node import Graph
 from smedjan.graph.program import Program
@@ -20,12 +20,13 @@ from smedjan.models.decoder import Decoder, Form
 from smedjan.models.decoder_config import DecoderConfig
 from smedjan.ops.loss import GRADIENTS_IN_FORWARD
 from smedjan.ops.optimizer import accumulate as accumulate_op
-from smedjan.ops.quantized import nf4_specs
+from smedjan.ops.quantized import STORED
 from smedjan.passes.fp8 import fp8
-from smedjan.passes.int8 import int8, int8_specs
+from smedjan.passes.int8 import int8
 from smedjan.passes.lora import DTYPE as ADAPTER_DTYPE
 from smedjan.passes.lora import Lora, adapt
 from smedjan.passes.quantize import fuse, quantize
+from smedjan.runtime.adapters import factors
 
 if TYPE_CHECKING:
     from smedjan.data.collate import Batch
@@ -39,8 +40,8 @@ class Session:
     """`parameters` holds base weights by HF name and adapters by PEFT name: programs read, the update writes them.
 
     memory, reserved  bytes of the device (None: all there is), and those of them that programs leave alone
-    `quantized` names the weights that are held as NF4 instead, each as the arrays of `nf4_specs`; `int8` those that are
-    held as `int8_specs`, for inference alone.
+    `quantized` names the weights that are held in fewer bits, each as the arrays of `STORED[storage]`; `int8` those
+    that are held as `int8_specs`, for inference alone.
     fp8     training takes the products of the blocks' linear layers of 8-bit floats. What measures or uses the model
             does not: its weights stay as they are stored, and others compute with them in their dtype
     z_loss, label_smoothing, neftune   of training's loss and embeddings (`linear_cross_entropy`, `noised`); a loss that
@@ -56,6 +57,7 @@ class Session:
     memory: int | None = None
     reserved: int = 0
     quantized: tuple[str, ...] = ()
+    storage: str = "nf4"
     fp8: bool = False
     int8: tuple[str, ...] = ()
     z_loss: float = 0.0
@@ -64,10 +66,21 @@ class Session:
 
     def __post_init__(self) -> None:
         self.programs: dict[Any, Program] = {}
+        self.norms: dict[Any, Program] = {}
+        self.switched = 0
         self._pools: dict[str, Any] = {}
         self.quantization_error = 0.0  # |w - codes| / |w| over the weights in `int8`, where they were made
         self.flops = 0
         """Of all micro-batches and updates so far, as the costs of their programs count them."""
+
+    def use(self, lora: Lora | None, arrays: Mapping[str, Array]) -> None:
+        """Lays these adapters beside the base in the place of the present ones. The base stays as it is, and programs
+        are kept: adapters of the same settings share them."""
+        for name in [name for name in self.parameters if ".lora_" in name]:
+            del self.parameters[name]
+        self.parameters.update(arrays)
+        self.lora = lora
+        self.switched += 1
 
     def host(self, array: Any, dtype: str) -> Array:
         """A host array, as a program of the backend reads it."""
@@ -79,9 +92,9 @@ class Session:
         adapters = {} if self.lora is None else self.lora.shapes(base)
         stored = {
             f"{name}.{suffix}": (spec.shape, spec.dtype)
-            for names, specs_of in ((self.quantized, nf4_specs), (self.int8, int8_specs))
+            for names, storage in ((self.quantized, self.storage), (self.int8, "int8"))
             for name in names
-            for suffix, spec in specs_of(base.pop(name)).items()
+            for suffix, spec in STORED[storage](base.pop(name)).items()
         }
         return (
             {name: (shape, self.dtype) for name, shape in base.items()}
@@ -106,12 +119,13 @@ class Session:
 
     def forward(self, decoder: Decoder, *, train: bool = False) -> Graph:
         """The declared graph with adapters, decomposed already where the backend is exact. Dropout is for training."""
-        graph = quantize(decoder.graph, self.quantized) if self.quantized else decoder.graph
+        graph = quantize(decoder.graph, self.quantized, self.storage) if self.quantized else decoder.graph
         if self.int8:
             assert not train, "8-bit weights are for inference"
             graph = int8(graph, self.int8)
         if self.lora is not None:
-            graph = adapt(graph, self.lora if train else replace(self.lora, dropout=0.0))
+            lora = self.lora if train else replace(self.lora, dropout=0.0)
+            graph = adapt(graph, lora, exact=self.backend.exact, factors=decoder.form.capacity > 0)
         if self.fp8 and train:
             graph = fp8(graph, keep=(self.config.head,))
         has = self.backend.rules.has
@@ -139,7 +153,7 @@ class Session:
             pool.arena_of(program.arena_bytes)
 
     def logits_program(self, form: Form) -> Program:
-        key = ("logits", form)
+        key = ("logits", form, self.lora)
         if key not in self.programs:
             decoder = Decoder(self.config, form)
             decoder.graph.output("logits", decoder.logits())
@@ -148,7 +162,7 @@ class Session:
 
     def micro_program(self, form: Form, wrt: Sequence[str], *, accumulate: bool = False) -> Program:
         """loss and grad.NAME for each name; with `accumulate`, each is added to the input total of the same name."""
-        key = ("micro", form, tuple(wrt), accumulate)
+        key = ("micro", form, tuple(wrt), accumulate, self.lora)
         if key not in self.programs:
             train = bool(wrt)
             decoder = Decoder(
@@ -257,12 +271,13 @@ def common_positions(position_ids: np.ndarray) -> np.ndarray:
 
 
 class Cache:
-    """Key/value caches of one generation: written in place, `length` tokens long."""
+    """Key/value caches of one generation: written in place, `length` tokens long. Adapters stay as they are in it."""
 
     def __init__(self, session: Session, *, batch: int, capacity: int) -> None:
         self.session, self.batch, self.capacity, self.length = session, batch, capacity, 0
         config = session.config
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+        self.factors, self.switched = factors(session), session.switched
         self.arrays: dict[str, Array] = {
             f"cache.{layer}.{kind}": session.backend.zeros(shape, session.dtype)
             for layer in range(config.num_hidden_layers)
@@ -278,6 +293,10 @@ class Cache:
         With `last`, a fast backend makes those of each row's last token alone, [B, V].
         """
         session, ids = self.session, np.asarray(input_ids, dtype=np.int64)
+        if self.switched != session.switched:
+            raise ConfigError(
+                "another one is in use than when this text was begun", field="adapter", remedy="begin the text anew"
+            )
         seq, end = ids.shape[1], self.length + ids.shape[1]
         assert end <= self.capacity, f"{end} tokens in a cache for {self.capacity}"
         padded = attention_mask is not None and not np.all(attention_mask)
@@ -299,7 +318,7 @@ class Cache:
             windowed=not padded and fills_window(session.config, seen + seq),
             rows=self.batch if last and not session.backend.exact else 0,
         )
-        inputs = {**session.parameters, **self.arrays}
+        inputs = {**session.parameters, **self.factors, **self.arrays}
         inputs["input_ids"] = session.host(ids, "int64")
         inputs["position_ids"] = session.host(positions, "int64")
         if padded:

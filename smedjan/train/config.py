@@ -8,6 +8,7 @@ Paths are relative to the working directory, in the file as in flags.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -204,6 +205,9 @@ class LoraConfig(Section):
     rank: int = field(default=16, metadata={"ge": 1, "help": "rank of A and B"})
     alpha: float = field(default=32.0, metadata={"gt": 0, "help": "the adapter's output is scaled by alpha / rank"})
     rslora: bool = field(default=False, metadata={"help": "scale by alpha / sqrt(rank): for ranks of 64 and more"})
+    dora: bool = field(
+        default=False, metadata={"help": "learn the length of each row of a weight apart from its direction (DoRA)"}
+    )
     rank_pattern: tuple[str, ...] | None = field(
         default=None, metadata={"help": "other ranks of some modules, such as q_proj=8,layers.3.mlp.up_proj=32"}
     )
@@ -213,6 +217,13 @@ class LoraConfig(Section):
     targets: tuple[str, ...] | None = field(
         default=None,
         metadata={"help": "names of the modules that get an adapter, by commas (default all linear ones)"},
+    )
+    bits: int | None = field(
+        default=None, metadata={"help": "of the weights under the adapters of qlora: 4 (nf4, the default) or 8 (int8)"}
+    )
+    init: str = field(
+        default="random",
+        metadata={"help": "what they start as; pissa: the weight's principal part (pissa_niter_4: nearly, and faster)"},
     )
     modules_to_save: tuple[str, ...] | None = field(
         default=None, metadata={"help": "trained whole beside the adapters: embed_tokens,lm_head"}
@@ -224,6 +235,12 @@ class LoraConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not re.fullmatch(r"random|pissa(_niter_\d{1,3})?", self.init):
+            raise ConfigError(
+                f"{self.init!r} is no start", field="lora.init", remedy="give random, pissa or pissa_niter_4"
+            )
+        if self.bits not in (None, 4, 8):
+            raise ConfigError(f"{self.bits} is neither 4 nor 8", field="lora.bits", remedy="give 4 or 8")
         _ = self.ranks, self.alphas
 
     @property
@@ -247,7 +264,9 @@ class FinetuneConfig(Section):
     )
     eval_data: Path | None = field(default=None, metadata={"help": "rows to evaluate on while training"})
     out: Path | None = field(default=None, metadata={"help": "run directory to write (a dry run needs none)"})
-    method: Method = field(default="lora", metadata={"help": "what is trained; qlora: adapters of 4-bit weights"})
+    method: Method = field(
+        default="lora", metadata={"help": "what is trained; qlora: adapters of 4-bit or 8-bit weights"}
+    )
     resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in out"})
     dry_run: bool = field(default=False, metadata={"help": "print the plan and its memory, train nothing"})
     seed: int = field(default=0, metadata={"ge": 0, "lt": 2**63, "help": "of data order, adapters and dropout"})
@@ -265,8 +284,21 @@ class FinetuneConfig(Section):
         super().__post_init__()
         if self.out is None and not self.dry_run:
             raise ConfigError("is missing", field="out", remedy="give --out DIR, or --dry-run")
+        if self.method == "qlora" and self.lora.bits is None:
+            object.__setattr__(self, "lora", replace(self.lora, bits=4))
+        if self.method != "qlora" and self.lora.bits is not None:
+            raise ConfigError(
+                f"{self.lora.bits} bits with the method {self.method}",
+                field="lora.bits",
+                remedy="give --method qlora, or leave it out",
+            )
         if self.optim.lr is None:
             object.__setattr__(self, "optim", replace(self.optim, lr=LEARNING_RATES[self.method]))
+
+    @property
+    def storage(self) -> str | None:
+        """What the weights under adapters are held as, if not as they are."""
+        return {4: "nf4", 8: "int8"}[self.lora.bits] if self.lora.bits is not None else None
 
     @property
     def learning_rate(self) -> float:

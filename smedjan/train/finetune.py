@@ -22,7 +22,7 @@ from smedjan.data.dataset import Steps, TokenDataset
 from smedjan.data.formats import conversion
 from smedjan.data.mask import Tokenized
 from smedjan.errors import CheckpointError, ConfigError
-from smedjan.hf import new_tokens
+from smedjan.hf import new_tokens, pissa
 from smedjan.hf.dataset_hub import data_path
 from smedjan.hf.export import save_model
 from smedjan.hf.hub import Say
@@ -36,7 +36,7 @@ from smedjan.optim.schedule import factor
 from smedjan.passes.lora import Lora
 from smedjan.runtime.select import backend as select_backend
 from smedjan.runtime.session import Session
-from smedjan.train import fp8
+from smedjan.train import adapter, fp8
 from smedjan.train.asked import asked
 from smedjan.train.chosen import check_method, chosen
 from smedjan.train.config import FinetuneConfig
@@ -133,6 +133,7 @@ class Finetune:
                 ranks=lora.ranks,
                 alphas=lora.alphas,
                 rslora=lora.rslora,
+                dora=lora.dora,
             )
             shapes = self.lora.shapes(self._shapes)
             names = self.files.config.names
@@ -208,11 +209,11 @@ class Finetune:
         """The session with fresh adapters, and what is trained of it."""
         config = self.config
         session = open_session(
-            self.files,
+            adapter.files_under(self.files, self.lora, self.start),
             self.backend,
             dtype=config.dtype,
             attention=config.train.attention,
-            quantized=config.method == "qlora",
+            quantized=config.storage,
         )
         train = config.train
         session.fp8 = train.fp8
@@ -221,12 +222,13 @@ class Finetune:
             session.memory = parse_size(config.train.memory, "train.memory")
         names = self.names
         if self.lora is not None:
-            fresh = initial_adapter(self.lora, self._shapes, config.seed)
+            fresh = {**initial_adapter(self.lora, self._shapes, config.seed), **self.start}
             session.parameters.update({name: self.backend.from_raw(raw) for name, raw in fresh.items()})
             # In the order of PEFT's parameters: the embedding first, a head last.
             head = [name for name in self.whole if name != self.files.config.embedding]
             first = [name for name in self.whole if name not in head]
-            session.lora, names = self.lora, [*first, *fresh, *head]
+            session.lora, names = self.lora, [*first, *self.lora.shapes(self._shapes), *head]
+            session.parameters.update(adapter.first_magnitudes(session, group))
         optim = config.optim
         adamw = AdamW(
             beta1=optim.beta1,
@@ -259,6 +261,18 @@ class Finetune:
         )
 
     @cached_property
+    def start(self) -> Mapping[str, RawTensor]:
+        """Adapters that start as a part of their weights, which the base then lacks; empty where none do."""
+        if not self.starts_apart:
+            return {}
+        assert self.lora is not None
+        return pissa.initial(self.lora, self.files.tensors, self.config.lora.init, self.config.seed)
+
+    @property
+    def starts_apart(self) -> bool:
+        return self.lora is not None and self.config.lora.init != "random"
+
+    @cached_property
     def base_sha256(self) -> str:
         """Of the weights a run starts from: adapters of one base mean nothing over another."""
         return sha256_of(self.files.tensors)
@@ -273,6 +287,7 @@ class Finetune:
             "method": self.config.method,
             "started": self.started,
             "history": history,
+            **({"start_sha256": sha256_of(self.start)} if self.start else {}),
         }
 
 
@@ -317,6 +332,8 @@ def _finetune(
     parts = Finetune(config, started=None if found is None else found.state.get("started"), say=say)
     if out.exists() and not config.resume and (found is not None or any(out.iterdir())):
         raise ConfigError("exists already", file=out, field="out", remedy="give --resume, or another directory")
+    if parts.starts_apart:
+        parts.start = adapter.shared(group, lambda: parts.start) if found is None else adapter.read_start(out)
     meter = Meter(parts.backend, config.dtype or parts.files.dtype)
     samples = Samples(parts) if config.train.sample_every and group.rank == 0 else None
     trainer = parts.trainer(group)
@@ -330,6 +347,8 @@ def _finetune(
         lock.acquire()
     group.exchange()  # none writes before all have looked at what is there
     log = RunLog(out / "smedjan" / "log.jsonl", start, on_step, speaks=group.rank == 0)
+    if found is None and group.rank == 0:
+        adapter.keep_start(out, parts.start)
     leg = {
         "backend": parts.backend.name,
         "from_step": start,
@@ -400,9 +419,7 @@ def _finetune(
                 wanted.saved()
             if stop and not last:
                 raise Interrupted(f"stopped after step {step + 1}; go on with --resume")
-    weights = trainer.weights() if parts.lora is not None else trainer.all_weights()
-    if group.rank == 0:
-        _save_result(parts, weights, out)
+    weights = _save_result(parts, trainer.weights() if parts.lora is not None else trainer.all_weights(), out, group)
     examples = parts.tokenized
     plan_hash = next(iter(trainer.session.programs.values())).plan_hash if trainer.session.programs else ""
     counts = examples.counts
@@ -449,15 +466,25 @@ def _resume(parts: Finetune, trainer: Trainer, found: Checkpoint, out: Path) -> 
     return found.step, list(found.state.get("history", []))
 
 
-def _save_result(parts: Finetune, weights: Mapping[str, RawTensor], out: Path) -> None:
-    if parts.lora is None:
-        made = parts.tokenizer_files
+def _save_result(
+    parts: Finetune, weights: Mapping[str, RawTensor], out: Path, group: Collective
+) -> Mapping[str, RawTensor]:
+    """Writes (the first process does) and gives what stays: an adapter is always one of the base as it is stored."""
+    lora = parts.lora
+    if lora is not None and parts.start:
+        lora, weights = pissa.plain(lora, weights, parts.start)
+    if group.rank > 0:
+        return weights
+    made = parts.tokenizer_files
+    if lora is None:
         save_model(out, parts.files.data, weights, parts.files.path, extra_files=made, into_run=True)
-        return
-    if parts.tokenizer_files:
-        for name, content in {**new_tokens.files_of(parts.files.path), **parts.tokenizer_files}.items():
+        return weights
+    if made:
+        for name, content in {**new_tokens.files_of(parts.files.path), **made}.items():
             write_atomic(out / name, content)
-    write_adapter(out, parts.lora, weights, base=str(parts.config.model), tied=parts.files.config.tied())
+    trained, tied = adapter.trained_on(parts.config, parts.files), parts.files.config.tied()
+    write_adapter(out, lora, weights, base=str(parts.config.model), tied=tied, trained=trained)
+    return weights
 
 
 def _fp8_errors(parts: Finetune, trainer: Trainer, start: int) -> fp8.Errors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from smedjan.backends.base import Backend
@@ -102,7 +102,7 @@ def decoding_of(
 def plan(config: FinetuneConfig) -> Plan:
     """The plan of the run's largest micro-batch; reads the model and the rows, and computes nothing but what layers in
     8-bit floats lose."""
-    parts = Finetune(config)
+    parts = Finetune(replace(config, lora=replace(config.lora, init="random")))  # a start of the same shapes
     trainer = parts.trainer()
     form = largest_form(parts, trainer.session.dtype)
     program = trainer.session.micro_program(form, trainer.names)

@@ -165,21 +165,31 @@ def test_accumulated_gradients():
 PATTERNS = {"rank_pattern": {"v_proj": 2, "layers.1.mlp.down_proj": 8}, "alpha_pattern": {"q_proj": 3}}
 
 
-@pytest.mark.parametrize("other", [{}, {"use_rslora": True, **PATTERNS}], ids=["", "rslora and patterns"])
+LORAS = {
+    "": ({}, GQA),
+    "rslora and patterns": ({"use_rslora": True, **PATTERNS}, GQA),
+    "dora": ({"use_dora": True}, GQA),
+    "dora, rslora and patterns, biases": ({"use_dora": True, "use_rslora": True, **PATTERNS}, BIAS),
+}
+
+
+@pytest.mark.parametrize(("other", "shape"), LORAS.values(), ids=LORAS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_lora_is_pefts(dtype, other):
-    """Adapter gradients and ten AdamW steps, adapters in float32 beside weights of either dtype."""
+def test_lora_is_pefts(dtype, other, shape):
+    """Logits, adapter gradients and ten AdamW steps, adapters in float32 beside weights of either dtype."""
     targets = ("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
-    peer = make_peer(dtype=dtype, **GQA)
+    peer = make_peer(dtype=dtype, **shape)
     patterns = {name: tuple(other.get(f"{name[:-1]}_pattern", {}).items()) for name in ("ranks", "alphas")}
-    lora = Lora(rank=4, alpha=8, dropout=0.0, targets=targets, rslora="use_rslora" in other, **patterns)
+    variant = {"rslora": "use_rslora" in other, "dora": "use_dora" in other}
+    lora = Lora(rank=4, alpha=8, dropout=0.0, targets=targets, **variant, **patterns)
     session = make_session(peer, lora=lora)
     settings = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=list(targets), bias="none", **other)
     model = get_peft_model(peer, settings, autocast_adapter_dtype=True)
-    trained = {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
+    named = {n.replace(".default", "").replace("vector.weight", "vector"): p for n, p in model.named_parameters()}
+    trained = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     torch.manual_seed(5)
     for name, parameter in trained.items():
-        torch.nn.init.normal_(parameter, std=0.1)
+        torch.nn.init.normal_(parameter, std=0.1, mean=1.0 if "magnitude" in name else 0.0)
         session.parameters[name] = parameter.detach().clone()
     shapes = lora.shapes({n: tuple(p.shape) for n, p in session.parameters.items() if "lora" not in n})
     assert shapes == {name: tuple(parameter.shape) for name, parameter in trained.items()}
@@ -187,6 +197,7 @@ def test_lora_is_pefts(dtype, other):
     out = model(**batch.peer)
     out.loss.backward()
     loss, grads = session.micro(batch, list(trained), num_items=batch.trained_tokens)
+    assert_bits(session.logits(batch), out.logits.detach(), "logits")
     assert_bits(loss, out.loss.detach(), "loss")
     for name, parameter in trained.items():
         assert_bits(grads[name], parameter.grad, name)

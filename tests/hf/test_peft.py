@@ -4,11 +4,13 @@ out; merge"; Shows: "LoRA (dropout 0) adapters equal to the bit to `peft`'s").""
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import smedjan
@@ -30,6 +32,8 @@ def their_logits(model):
         return model(input_ids=torch.from_numpy(IDS)).logits
 
 
+DORA = {"lora.dora": True}
+PISSA = {"lora.init": "pissa"}
 OURS = {"lora.rslora": True, "lora.rank_pattern": "v_proj=2,layers.1.mlp.down_proj=8", "lora.alpha_pattern": "v_proj=3"}
 THEIRS = {
     "use_rslora": True,
@@ -38,7 +42,10 @@ THEIRS = {
 }
 
 
-@pytest.fixture(params=[{}, OURS], ids=["plain", "rslora and patterns"])
+@pytest.fixture(
+    params=[{}, OURS, DORA, {**OURS, **DORA}, PISSA, {**OURS, **DORA, **PISSA}],
+    ids=["plain", "rslora and patterns", "dora", "dora, rslora and patterns", "pissa", "all of them"],
+)
 def trained(model_directory, tmp_path, request):
     """(base, run directory) of three steps of LoRA, with a rate that makes the adapter matter."""
     base = model_directory()
@@ -60,7 +67,10 @@ def trained(model_directory, tmp_path, request):
     return base, tmp_path / "run"
 
 
-@pytest.fixture(params=[{}, THEIRS], ids=["plain", "rslora and patterns"])
+@pytest.fixture(
+    params=[{}, THEIRS, {"use_dora": True}, {"use_dora": True, **THEIRS}],
+    ids=["plain", "rslora and patterns", "dora", "dora, rslora and patterns"],
+)
 def from_peft(model_directory, tmp_path, request):
     """(base, adapter directory) of a random adapter that peft made and saved."""
     base = model_directory()
@@ -68,7 +78,9 @@ def from_peft(model_directory, tmp_path, request):
     model = get_peft_model(their_model(base), settings)
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if "lora_magnitude" in name:
+            parameter.data *= 1 + 0.2 * torch.randn_like(parameter)
+        elif "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(tmp_path / "adapter")
     return base, tmp_path / "adapter"
@@ -148,7 +160,7 @@ def test_merge_rounds_once(from_peft, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("use_dora", True), ("bias", "all"), ("rank_pattern", {"q_.*": 8}), ("alpha_pattern", {"q_proj": "8"})],
+    [("use_dora", "weight"), ("bias", "all"), ("rank_pattern", {"q_.*": 8}), ("alpha_pattern", {"q_proj": "8"})],
 )
 def test_what_is_not_plain_lora_is_refused(from_peft, key, value):
     base, adapter = from_peft
@@ -157,6 +169,24 @@ def test_what_is_not_plain_lora_is_refused(from_peft, key, value):
     with pytest.raises(SmedjanError, match=key) as raised:
         smedjan.load(base, adapter=adapter, backend="torch_reference")
     assert "\n" not in str(raised.value)
+
+
+def test_a_part_that_is_missing(from_peft, tmp_path):
+    """Of DoRA its magnitudes too."""
+    base, adapter = from_peft
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = list(tensors)[-1]
+    del tensors[name]
+    assert "lora_A" not in name
+    save_file(tensors, file)
+    for act in (
+        lambda: smedjan.load(base, adapter=adapter, backend="torch_reference"),
+        lambda: smedjan.merge(base, adapter, tmp_path / "merged"),
+    ):
+        with pytest.raises(SmedjanError, match=f"{re.escape(name)}: is missing"):
+            act()
+    assert not (tmp_path / "merged").exists()
 
 
 def test_an_adapter_of_another_model(from_peft, model_directory, tmp_path):
@@ -170,14 +200,15 @@ def test_an_adapter_of_another_model(from_peft, model_directory, tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-def test_gpt2_whose_weights_are_transposed(tmp_path):
+@pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
+def test_gpt2_whose_weights_are_transposed(tmp_path, dora):
     """[in, out] weights (peft's fan_in_fan_out): peft's adapter here, to the bit, and merged as peft merges it."""
     base, adapter = tmp_path / "gpt2", tmp_path / "adapter"
     make_model("gpt2", {**CASES["gpt2"]["plain"], "n_positions": 64}).save_pretrained(base)
-    settings = LoraConfig(r=4, lora_alpha=12, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    settings = LoraConfig(r=4, lora_alpha=12, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, use_dora=dora)
     model = get_peft_model(their_model(base), settings)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name and "magnitude" not in name:
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(adapter)
     ids = IDS % 97

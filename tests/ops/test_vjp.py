@@ -62,6 +62,8 @@ CASES: dict[str, Case] = {
     "square": (ew.square, ((3, 4),)),
     "rsqrt": (lambda x: ew.rsqrt(ew.add_scalar(ew.square(x), value=0.5)), ((3, 4),)),
     "sub": (ew.sub, ((3, 4), (3, 1))),
+    "div": (ew.div, ((3, 4), (3, 1))),
+    "div by a row": (ew.div, ((3, 1), (4,))),
     "divide": (lambda x: ew.divide(x, divisor=0.3), ((3, 4),)),
     "power": (lambda x: ew.power(x, exponent=3.0), ((3, 4),)),
     "silu": (act.silu, ((3, 4),)),

@@ -1,4 +1,4 @@
-"""The NF4 pass: what it replaces, that adapters find it, and that no dequantised weight lives until the backward."""
+"""The pass to 4 or 8 bits: what it replaces, that adapters find it, that no dequantised weight lives until backward."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from smedjan.checkpoint import nf4
+from smedjan.checkpoint import stored
 from smedjan.models.decoder import Decoder, Form
-from smedjan.ops.quantized import nf4_dequantize, nf4_specs
+from smedjan.ops.quantized import STORED, int8_dequantize, nf4_dequantize, nf4_specs
 from smedjan.passes.lora import Lora, adapt
 from smedjan.passes.quantize import quantize
 from smedjan.runtime.select import backend
@@ -27,17 +27,19 @@ SIZES = {
 BACKENDS = ["torch_reference", "cpu_native", "cuda_triton"]
 
 
-def quantized(*, on: str, lora: Lora | None = LORA, dtype: str = "float32") -> tuple[Session, Session]:
-    """A session of NF4 weights, and one of the same weights dequantised; random adapters beside both."""
+def quantized(
+    *, on: str, lora: Lora | None = LORA, dtype: str = "float32", storage: str = "nf4"
+) -> tuple[Session, Session]:
+    """A session of NF4 or int8 weights, and one of the same weights dequantised; random adapters beside both."""
     plain = make_session(make_peer(dtype=dtype, **SIZES), lora=lora)
     plain.backend = backend(on)
-    made = Session(plain.backend, plain.config, dict(plain.parameters), plain.dtype, lora=lora)
+    made = Session(plain.backend, plain.config, dict(plain.parameters), plain.dtype, lora=lora, storage=storage)
     made.quantized = plain.config.linear_weights()
     for name in made.quantized:
         raw = plain.backend.to_raw(made.parameters.pop(name))
-        parts = nf4.quantize(raw)
+        parts = stored.quantize(storage, raw)
         made.parameters.update({f"{name}.{key}": plain.backend.from_raw(part) for key, part in parts.items()})
-        plain.parameters[name] = plain.backend.from_raw(nf4.dequantize(parts, raw.shape, raw.dtype))
+        plain.parameters[name] = plain.backend.from_raw(stored.dequantize(storage, parts, raw.shape, raw.dtype))
     if lora is not None:
         generator = torch.Generator().manual_seed(4)
         for name, shape in lora.shapes(plain.config.parameter_shapes()).items():
@@ -59,17 +61,17 @@ def names_of(session: Session) -> list[str]:
 
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-BITS = [("torch_reference", dtype, LORA) for dtype in ("float32", "bfloat16")] + [
-    ("cuda_triton", "bfloat16", replace(LORA, targets=ALL_LINEAR))
+BITS = [("torch_reference", dtype, LORA, storage) for dtype in ("float32", "bfloat16") for storage in STORED] + [
+    ("cuda_triton", "bfloat16", replace(LORA, targets=ALL_LINEAR), storage) for storage in STORED
 ]
 """Planned backends stack the weights that lie in memory for good, and a library sums their products at once: the bits
 are those of dequantised weights only where a kernel takes each weight by itself."""
 
 
-@pytest.mark.parametrize(("on", "dtype", "lora"), BITS, ids=str)
-def test_gradients_are_those_of_the_dequantised_weights(on, dtype, lora):
+@pytest.mark.parametrize(("on", "dtype", "lora", "storage"), BITS, ids=str)
+def test_gradients_are_those_of_the_dequantised_weights(on, dtype, lora, storage):
     """The same bits, loss and every adapter's gradient: forward and backward multiply by the same numbers."""
-    ours, plain = quantized(on=on, dtype=dtype, lora=lora)
+    ours, plain = quantized(on=on, dtype=dtype, lora=lora, storage=storage)
     batch = make_batch("right")
     loss, grads = ours.micro(batch, names_of(ours), num_items=batch.trained_tokens)
     other, theirs = plain.micro(batch, names_of(plain), num_items=batch.trained_tokens)
@@ -79,9 +81,10 @@ def test_gradients_are_those_of_the_dequantised_weights(on, dtype, lora):
         assert_bits(grads[name], theirs[name], name)
 
 
-def test_gradients_are_near_those_of_the_dequantised_weights():
+@pytest.mark.parametrize("storage", STORED)
+def test_gradients_are_near_those_of_the_dequantised_weights(storage):
     """Where stacked products sum in another order: within the bound of float64."""
-    ours, plain = quantized(on="cpu_native", lora=LORA)
+    ours, plain = quantized(on="cpu_native", lora=LORA, storage=storage)
     exact, wide = references(plain, LORA)
     batch = make_batch("right")
     found, torchs, expected = (
@@ -93,8 +96,9 @@ def test_gradients_are_near_those_of_the_dequantised_weights():
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["base", "adapters"])
-def test_logits_and_evaluation(lora):
-    ours, plain = quantized(on="torch_reference", lora=lora)
+@pytest.mark.parametrize("storage", STORED)
+def test_logits_and_evaluation(lora, storage):
+    ours, plain = quantized(on="torch_reference", lora=lora, storage=storage)
     batch = make_batch()
     assert_bits(ours.logits(batch), plain.logits(batch), "logits")
     assert_bits(ours.micro(batch, (), num_items=9)[0], plain.micro(batch, (), num_items=9)[0], "loss")
@@ -128,14 +132,14 @@ def test_decoding_multiplies_from_the_bits():
     assert counted["nf4_dequantize", "triton nf4_dequantize"] == 2
 
 
-@pytest.mark.parametrize("on", BACKENDS)
-def test_no_dequantised_weight_lives_from_forward_to_backward(on):
+@pytest.mark.parametrize(("on", "storage"), [*((on, "nf4") for on in BACKENDS), ("cpu_native", "int8")])
+def test_no_dequantised_weight_lives_from_forward_to_backward(on, storage):
     """Each is made for the forward, and again for the gradient that reads it. Of the lowest q, k and v none is asked
     for, since nothing below them is trained; a fused adapter's backward takes the weight all the same."""
-    session, _ = quantized(on=on)
+    session, _ = quantized(on=on, storage=storage)
     rows = 0 if session.backend.exact else 4
     program = session.micro_program(Form(batch=2, seq=5, rows=rows), names_of(session))
-    made = [call.node for call in program.calls if call.node.op is nf4_dequantize]
+    made = [call.node for call in program.calls if call.node.op in (nf4_dequantize, int8_dequantize)]
     readers = program.graph.readers()
     for node in made:
         places = {"backward" in reader.scope for reader in readers[node.outputs[0]]}

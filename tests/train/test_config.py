@@ -29,7 +29,7 @@ optim.name optim.lr optim.lr-pattern optim.weight-decay optim.master optim.clip 
 optim.state optim.rounding optim.cycles optim.beta1 optim.beta2 optim.eps
 lora.rank lora.alpha lora.dropout lora.targets lora.last-layers
 lora.modules-to-save
-lora.rslora lora.rank-pattern lora.alpha-pattern"""
+lora.rslora lora.rank-pattern lora.alpha-pattern lora.init lora.dora lora.bits"""
 
 
 def config(**changes: Any) -> FinetuneConfig:
@@ -170,6 +170,10 @@ BAD = [
     ("lora.rank_pattern", "q_proj=2.5", "'2.5' is not a whole number", "give a whole number"),
     ("lora.rank_pattern", "q_proj=2,q_proj=3", "q_proj is there twice", "keep one"),
     ("lora.alpha_pattern", ["q_proj=x"], "'x' is not a number", "give a number"),
+    ("lora.bits", 3, "3 is neither 4 nor 8", "give 4 or 8"),
+    ("lora.bits", 8, "8 bits with the method lora", "give --method qlora, or leave it out"),
+    ("lora.init", "pisa", "'pisa' is no start", "give random, pissa or pissa_niter_4"),
+    ("lora.init", "pissa_niter_", "'pissa_niter_' is no start", "give random, pissa or pissa_niter_4"),
     ("optim.name", "sgd", "'sgd' is not one of adamw", "give one of them"),
     ("train.steps", 0, "0 is out of range", "give a value >= 1"),
     ("train.steps", "9" * 5000, "is not a finite number", "give a finite number"),

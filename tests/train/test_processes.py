@@ -77,6 +77,11 @@ JOBS = {
         "train__grad_accum": 4,
         "train__packing": True,
     },
+    # The first process's singular vectors and norms are all processes'
+    "adapters": {
+        **{"method": "qlora", "lora__rank": 4, "lora__init": "pissa", "lora__dora": True},
+        **{"lora__bits": 8, "train__grad_accum": 2},
+    },
     "idle": {"method": "full", "backend": "cpu_native", "train__batch_size": 1},
     "resumed by two": {"method": "full", "train__grad_accum": 2},
     "stopped": {"method": "lora", "lora__rank": 4, "train__grad_accum": 2, "train__save_every": 0},
@@ -139,7 +144,7 @@ def logged(run_dir):
     return [{key: event[key] for key in event if key not in measured} for event in events if "header" not in event]
 
 
-@pytest.mark.parametrize("name", ["uneven", "dropout", "resumed by two", "idle"])
+@pytest.mark.parametrize("name", ["uneven", "dropout", "adapters", "resumed by two", "idle"])
 def test_two_processes_are_one_to_the_bit(two, name):
     """Losses, gradient norms, evaluation losses and weights. On the exact backend gradients are added in the order of
     the micro-batches; a process that has none changes nothing on any."""

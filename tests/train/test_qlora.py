@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import smedjan
 from smedjan.backends.torch_reference import backend
-from smedjan.checkpoint import nf4
+from smedjan.checkpoint import stored
 from smedjan.hf.load import open_model
 
 QLORA = {"method": "qlora", "lora__rank": 4, "train__steps": 3}
@@ -21,9 +21,10 @@ QLORA = {"method": "qlora", "lora__rank": 4, "train__steps": 3}
 
 @pytest.fixture
 def dequantised(tiny, tmp_path):
-    """The tiny model in `dtype`, its blocks' linear weights replaced by what NF4 leaves of them."""
+    """The tiny model in `dtype`, its blocks' linear weights replaced by what 4 or 8 bits leave of them."""
 
-    def make(dtype: str):
+    def make(dtype: str, bits: int = 4):
+        storage = {4: "nf4", 8: "int8"}[bits]
         directory = tmp_path / f"dequantised-{dtype}"
         shutil.copytree(tiny, directory)
         tensors = load_file(directory / "model.safetensors")
@@ -32,7 +33,7 @@ def dequantised(tiny, tmp_path):
         for name, tensor in tensors.items():
             raw = arrays.to_raw(tensor.to(getattr(torch, dtype)))
             if name in narrow:
-                raw = nf4.dequantize(nf4.quantize(raw), raw.shape, raw.dtype)
+                raw = stored.dequantize(storage, stored.quantize(storage, raw), raw.shape, raw.dtype)
             tensors[name] = arrays.from_raw(raw)
         save_file(tensors, directory / "model.safetensors", {"format": "pt"})
         return directory
@@ -40,12 +41,20 @@ def dequantised(tiny, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("on", ["torch_reference", "cpu_native"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_is_lora_on_the_dequantised_weights(configure, dequantised, read_log, dtype, on):
+@pytest.mark.parametrize(
+    ("on", "dtype", "bits"),
+    [
+        *((on, dtype, 4) for on in ("torch_reference", "cpu_native") for dtype in ("float32", "bfloat16")),
+        ("torch_reference", "float32", 8),
+        ("cpu_native", "bfloat16", 8),
+    ],
+)
+def test_a_run_is_lora_on_the_dequantised_weights(configure, dequantised, read_log, dtype, on, bits):
     flags = {**QLORA, "dtype": dtype, "backend": on, "lora__dropout": 0.1}
-    ours = smedjan.finetune(configure("ours", **flags))
-    theirs = smedjan.finetune(configure("theirs", **{**flags, "method": "lora", "model": str(dequantised(dtype))}))
+    ours = smedjan.finetune(configure("ours", **flags, lora__bits=bits))
+    theirs = smedjan.finetune(
+        configure("theirs", **{**flags, "method": "lora", "model": str(dequantised(dtype, bits))})
+    )
     losses = [[(step["loss"], step["grad_norm"]) for step in read_log(run.run_dir).steps] for run in (ours, theirs)]
     assert losses[0][0][1] > 0
     if on == "torch_reference":
@@ -69,8 +78,9 @@ def test_triton_runs_it(configure, read_log):
 
 def test_lora_on_the_weights_as_they_are_is_another_run(configure):
     """The equality above means something."""
-    runs = [smedjan.finetune(configure(method, **{**QLORA, "method": method})) for method in ("lora", "qlora")]
-    assert runs[0].weights_sha256 != runs[1].weights_sha256
+    others = {"lora": {"method": "lora"}, "qlora": {}, "8 bits": {"lora__bits": 8}}
+    runs = [smedjan.finetune(configure(name, **{**QLORA, **flags})) for name, flags in others.items()]
+    assert len({run.weights_sha256 for run in runs}) == 3
 
 
 @pytest.mark.parametrize("on", ["torch_reference", "cpu_native"])
@@ -94,10 +104,11 @@ def test_a_resumed_run_makes_the_same_bits(configure, on):
 def test_the_method_decides_what_may_be_resumed(configure):
     config = configure(**QLORA)
     smedjan.finetune(config)
-    assert config.config_hash() != replace(config, method="lora").config_hash()
+    assert config.config_hash() != replace(config, lora=replace(config.lora, bits=8)).config_hash()
+    assert config.config_hash() == replace(config, lora=replace(config.lora, bits=None)).config_hash(), "4 by default"
     assert config.config_hash() != replace(config, lora=replace(config.lora, rank=8)).config_hash()
     with pytest.raises(smedjan.errors.CheckpointError, match="another config_hash"):
-        smedjan.finetune(replace(config, method="lora", resume=True))
+        smedjan.finetune(replace(config, method="lora", lora=replace(config.lora, bits=None), resume=True))
 
 
 def test_the_adapter_is_an_ordinary_one(configure, tiny, tmp_path):

@@ -78,6 +78,7 @@ def _binary(op_name: str, op: str) -> None:
 _binary("add", "add")
 _binary("sub", "sub")
 _binary("mul", "mul")
+_binary("div", "div")
 _binary("scale_by", "mul")
 _binary("divide_by", "div")
 _binary("rsqrt_bwd", "rsqrt_bwd")

@@ -71,6 +71,11 @@ def mul(a: mx.array, b: mx.array) -> mx.array:
     return a * b
 
 
+@RULES.rule("div")
+def div(a: mx.array, b: mx.array) -> mx.array:
+    return a / b
+
+
 @RULES.rule("scale")
 def scale(x: mx.array, *, factor: float) -> mx.array:
     return (wide(x) * factor).astype(x.dtype)

@@ -17,6 +17,7 @@ from smedjan.backends.torch_reference import (  # noqa: F401  (each fills RULES)
     embedding,
     fp8,
     linear,
+    lora,
     loss,
     norm,
     offload,

@@ -65,6 +65,8 @@ def test_two_operands(rand, number, shape):
             for a, b in ((x, z), (z, x)):
                 y = result_of(name, a, b, how=LAYOUTS[number // 3 % 4])
                 assert_close(name, y, plain(a.double(), b.double()), plain(a, b))
+        positive = laid_out(rand(*other, dtype=dtype).abs() + 0.5, LAYOUTS[number // 4 % 4])
+        assert_close("div", apply("div", x, positive), x.double() / positive.double(), x / positive)
 
 
 @pytest.mark.parametrize(("number", "shape"), **numbered(shapes(3)))

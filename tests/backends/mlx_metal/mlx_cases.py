@@ -39,6 +39,7 @@ def _elementwise() -> dict[str, Case]:
         "square": Case(lambda i: el.square(i["x"]), x, ("x",)),
         "rsqrt": Case(lambda i: el.rsqrt(i["x"]), positive, ("x",)),
         "sub": Case(lambda i: el.sub(i["a"], i["b"]), pair, ("a", "b"), 21),
+        "div": Case(lambda i: el.div(i["a"], i["b"]), {**pair, "b": pair["b"].abs() + 0.5}, ("a", "b"), 21),
         "divide": Case(lambda i: el.divide(i["x"], divisor=0.3), x, ("x",)),
         "power": Case(lambda i: el.power(i["x"], exponent=3.0), x, ("x",)),
         "copy": Case(lambda i: el.copy(i["x"]), x),
@@ -77,6 +78,13 @@ def _linear() -> dict[str, Case]:
         return el.add(y, linear.linear(i["x"], i["w"]))  # read again, so that a cotangent waits at x
 
     return {
+        "dora_norm": Case(
+            lambda i: lora.dora_norm(i["w"], i["la"], i["lb"], scaling=2.0),
+            {**adapter, "w": arrays["w"]},
+            (),
+            16,
+            fixed,
+        ),
         "lora_linear": Case(adapted, adapter, ("x", "la", "lb"), 16, fixed),
         "linear": Case(lambda i: linear.linear(i["x"], i["w"], i["b"]), arrays, ("x", "w", "b"), 13),
         "linear_no_bias": Case(lambda i: linear.linear(i["x"], i["w"]), arrays, ("x", "w"), 13),

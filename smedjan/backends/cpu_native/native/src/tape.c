@@ -54,8 +54,11 @@ static void barrier(int threads)
 
 static void play(int rank, int threads)
 {
-    for (int64_t i = 0; i < tape_length; i++) {
-        tape[i].run(&tape[i], rank, threads);
+    /* Whoever passes the last barrier first may put the next tape here while others leave the loop. */
+    const step *const steps = tape;
+    const int64_t count = tape_length;
+    for (int64_t i = 0; i < count; i++) {
+        steps[i].run(&steps[i], rank, threads);
         barrier(threads);
     }
 }
