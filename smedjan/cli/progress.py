@@ -46,6 +46,8 @@ class Bar:
             f"loss {event['loss']:.4f}  lr {event['lr']:.2e}  {event['tokens_per_s']:,.0f} tokens/s  "
             f"{event['peak_bytes'] / 2**30:.1f} GiB"
         )
+        if event.get("skipped"):
+            figures += f"  {event['skipped']} skipped"
         total = event.get("total_steps")
         self._progress.update(
             self._task, completed=event["step"], figures=figures, **({} if total is None else {"total": total})

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from math import nan
 from os import PathLike
 from pathlib import Path
 
@@ -75,13 +76,13 @@ def _log(path: Path) -> tuple[tuple[Step, ...], tuple[EvalPoint, ...], bool]:
         if row is None:
             cut = True
             continue
-        if not (row.has("loss") or row.has("eval_loss")):
+        if not ("loss" in row.data or "eval_loss" in row.data):
             continue
         step = row.integer("step")
-        if row.has("loss"):
+        if "loss" in row.data:
             steps[step] = Step(
                 step=step,
-                loss=row.number("loss"),
+                loss=_number(row, "loss"),
                 grad_norm=row.number_or_none("grad_norm"),
                 lr=row.number_or_none("lr"),
                 tokens=row.integer_or_none("tokens"),
@@ -89,10 +90,16 @@ def _log(path: Path) -> tuple[tuple[Step, ...], tuple[EvalPoint, ...], bool]:
                 tokens_per_s=row.number_or_none("tokens_per_s"),
                 peak_bytes=row.integer_or_none("peak_bytes"),
             )
-        if row.has("eval_loss"):
-            evals[step] = EvalPoint(step=step, loss=row.number("eval_loss"))
+        if "eval_loss" in row.data:
+            evals[step] = EvalPoint(step=step, loss=_number(row, "eval_loss"))
     ordered = tuple(steps[step] for step in sorted(steps))
     return ordered, tuple(evals[step] for step in sorted(evals)), cut
+
+
+def _number(row: Fields, key: str) -> float:
+    """A log has null for a number that is not finite."""
+    found = row.number_or_none(key)
+    return nan if found is None else found
 
 
 def _lines(path: Path) -> Iterator[Fields | None]:

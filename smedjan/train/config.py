@@ -124,6 +124,9 @@ class OptimConfig(Section):
         default="nearest", metadata={"help": "of bfloat16 weights that have no master"}
     )
     clip: float = field(default=1.0, metadata={"ge": 0, "help": "the most the global gradient norm may be; 0: any"})
+    max_skipped: int = field(
+        default=10, metadata={"ge": 1, "help": "steps in a row without a finite gradient norm that end a run"}
+    )
     schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "inverse_sqrt", "wsd"] = field(
         default="cosine", metadata={"help": "what follows the warm-up"}
     )
@@ -285,6 +288,7 @@ class FinetuneConfig(Section):
             del decided[name]
         for name in ("save_every", "keep", "eval_every", "memory"):
             del decided["train"][name]
+        del decided["optim"]["max_skipped"]
         if self.method == "full":
             del decided["lora"]
         return sha256(json.dumps(decided, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

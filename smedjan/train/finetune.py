@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ from smedjan.hf.load import ModelFiles, open_model, open_session
 from smedjan.hf.peft import WEIGHTS as ADAPTER_WEIGHTS
 from smedjan.hf.peft import initial_adapter, write_adapter
 from smedjan.hf.tokenizer import load_tokenizer
-from smedjan.optim.adamw import AdamW, named
+from smedjan.optim.adamw import AdamW
+from smedjan.optim.base import named
 from smedjan.optim.schedule import factor
 from smedjan.passes.lora import Lora
 from smedjan.runtime.select import backend as select_backend
@@ -34,6 +34,7 @@ from smedjan.train import fp8
 from smedjan.train.asked import asked
 from smedjan.train.config import FinetuneConfig
 from smedjan.train.log import Event, RunLog
+from smedjan.train.progress import Progress
 from smedjan.train.step import Trainer
 
 PAD_TO = 16
@@ -50,7 +51,7 @@ class Interrupted(KeyboardInterrupt):
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What a run left behind. `rows` counts kept, truncated and dropped ones; `unstopped` of the kept, uncut ones train
-    no stop token; `trained_share` is of all tokens."""
+    no stop token; `trained_share` is of all tokens. `skipped` steps had a gradient norm that is not finite."""
 
     run_dir: Path
     weights_sha256: str
@@ -62,6 +63,7 @@ class Run:
     exact: bool
     plan_hash: str
     eval_loss: float | None
+    skipped: int
 
 
 class Finetune:
@@ -253,6 +255,7 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
     trainer = parts.trainer()
     start = 0
     history: list[Event] = []
+    progress = Progress.of({} if found is None else found.state)
     if found is not None:
         start, history = _resume(parts, trainer, found, out)
     errors = _fp8_errors(parts, trainer, start)
@@ -270,7 +273,7 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
             step,
             weights=trainer.weights(),
             optimizer=trainer.optimizer_state(),
-            state=parts.state(history),
+            state={**parts.state(history), "progress": progress.to_state()},
             weights_name=name,
             keep=config.train.keep,
         )
@@ -280,13 +283,8 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
         for step in range(start, parts.steps.total):
             batches = parts.steps.batches_for_step(step)
             lr, began = parts.learning_rate(step), time.perf_counter()
-            loss, norm = trainer.step(batches, number=step + 1, lr=lr)
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise ConfigError(
-                    f"loss {loss:g}, gradient norm {norm:g} at step {step + 1}",
-                    field="optim.lr",
-                    remedy="lower --optim.lr; the last checkpoint is whole",
-                )
+            loss, norm = trainer.step(batches, number=step + 1, lr=lr, taken=step + 1 - progress.skipped)
+            progress.after_step(step + 1, loss, norm, max_skipped=config.optim.max_skipped)
             tokens, seconds = sum(b.tokens for b in batches), time.perf_counter() - began
             log.write(
                 {
@@ -299,6 +297,7 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
                     "trained_tokens": sum(b.trained_tokens for b in batches),
                     "tokens_per_s": tokens / seconds,
                     "peak_bytes": parts.backend.peak_memory(),
+                    "skipped": progress.skipped,
                 }
             )
             last = step + 1 == parts.steps.total
@@ -327,6 +326,7 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
         exact=parts.backend.exact,
         plan_hash=plan_hash,
         eval_loss=eval_loss,
+        skipped=progress.skipped,
     )
     _write_plan(trainer, out / "smedjan" / "plan.json", run, errors)
     return run

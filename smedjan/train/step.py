@@ -9,7 +9,7 @@ from smedjan.backends.base import Array
 from smedjan.checkpoint.dtype import convert, to_float32
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.data.collate import Batch
-from smedjan.optim.adamw import AdamW
+from smedjan.optim.base import COPIES, Optimizer
 from smedjan.runtime.session import Session
 
 MASK32 = 0xFFFFFFFF
@@ -18,7 +18,7 @@ MASK32 = 0xFFFFFFFF
 class Trainer:
     """Trains `names` of a session's parameters. `state` holds the optimizer's arrays as `exp_avg.NAME`, ..."""
 
-    def __init__(self, session: Session, names: Sequence[str], optimizer: AdamW, *, seed: int = 0) -> None:
+    def __init__(self, session: Session, names: Sequence[str], optimizer: Optimizer, *, seed: int = 0) -> None:
         self.session, self.names, self.optimizer, self.seed = session, tuple(names), optimizer, seed
         specs = session.specs()
         self.shapes = {name: specs[name] for name in self.names}
@@ -27,22 +27,25 @@ class Trainer:
         graph = optimizer.graph(self.shapes, exact=exact, buckets=not exact)
         self.update = session.finish(graph)
         self.state: dict[str, Array] = {
-            name: self._master(name.removeprefix("master."))
-            if name.startswith("master.")
+            name: self._copy(name.partition(".")[2])
+            if name.partition(".")[0] in COPIES
             else session.backend.zeros(shape, dtype)
             for name, (shape, dtype) in optimizer.state(self.shapes).items()
         }
 
-    def _master(self, name: str) -> Array:
+    def _copy(self, name: str) -> Array:
         """The float32 copy of a parameter, exact: every narrower number is one of float32."""
         backend = self.session.backend
         return backend.from_raw(convert(backend.to_raw(self.session.parameters[name]), "float32"))
 
-    def step(self, batches: Sequence[Batch], *, number: int, lr: float) -> tuple[float, float]:
+    def step(
+        self, batches: Sequence[Batch], *, number: int, lr: float, taken: int | None = None
+    ) -> tuple[float, float]:
         """Step `number` (from 1) over its micro-batches: loss (mean over the step's trained tokens), gradient norm.
 
         Every micro-batch's loss is divided by the trained tokens of the whole step, so that how the rows are split
-        cannot change it.
+        cannot change it. A norm that is not finite changes neither weights nor state. The optimizer counts this step as
+        its `taken`th where earlier ones were skipped.
         """
         session = self.session
         num_items = sum(batch.trained_tokens for batch in batches)
@@ -54,7 +57,7 @@ class Trainer:
             loss, totals = session.micro(batch, self.names, num_items=num_items, totals=totals, dropout_key=key)
             losses.append(loss)
         assert totals is not None
-        made = self.update(self._inputs(totals, number, lr))
+        made = self.update(self._inputs(totals, number if taken is None else taken, lr))
         for name in self.names:
             session.parameters[name] = made[name]
         self.state = {name: made[name] for name in self.state}
@@ -62,14 +65,12 @@ class Trainer:
 
     def _inputs(self, grads: Mapping[str, Array], number: int, lr: float) -> dict[str, Any]:
         backend = self.session.backend
-        seed = {"seed": backend.scalar(self.seed)} if self.optimizer.seeded(self.shapes) else {}
+        scalars = self.optimizer.scalars(self.shapes, lr=lr, step=number, seed=self.seed)
         return {
             **{name: self.session.parameters[name] for name in self.names},  # a master stands in for its own
             **{f"grad.{name}": array for name, array in grads.items()},
             **self.state,
-            **{name: backend.scalar(rate) for name, rate in self.optimizer.learning_rates(lr, self.shapes).items()},
-            "step": backend.scalar(number),
-            **seed,
+            **{name: backend.scalar(value) for name, value in scalars.items()},
         }
 
     def _float(self, scalar: Array) -> float:

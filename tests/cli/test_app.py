@@ -50,6 +50,7 @@ FLAGS = {
         ),
         *(
             "--optim.clip",
+            "--optim.max-skipped",
             "--optim.schedule",
             "--optim.warmup",
             "--optim.cycles",

@@ -63,7 +63,7 @@ def test_quickstart(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert (folder / "merged.Modelfile").read_text().startswith("FROM ./merged.gguf")
 
 
-STEP = {"step", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "tokens_per_s", "peak_bytes"}
+STEP = {"step", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "tokens_per_s", "peak_bytes", "skipped"}
 PLAN = {"parameters", "nodes", "flops_per_token", "planned_bytes", "ops"}
 TRAIN = ["finetune", "--model", "downloaded", "--data", "rows.jsonl", "--train.steps", "2", "--train.batch-size", "2"]
 
@@ -74,7 +74,7 @@ TRAIN = ["finetune", "--model", "downloaded", "--data", "rows.jsonl", "--train.s
         (["info", "downloaded"], {"model_type", "parameters", "dtype", "tied", "adapter"}, False),
         (["graph", "downloaded", "--length", "16"], PLAN, True),
         ([*TRAIN, "--dry-run"], PLAN, True),
-        ([*TRAIN, "--out", "json-run"], {"run_dir", "weights_sha256", "rows", "trained_share"}, True),
+        ([*TRAIN, "--out", "json-run"], {"run_dir", "weights_sha256", "rows", "trained_share", "skipped"}, True),
         (
             ["generate", "downloaded", "7 is ", "--max-new-tokens", "2"],
             {"token_ids", "text", "finish_reason", "prompt_tokens", "tokens_per_s"},

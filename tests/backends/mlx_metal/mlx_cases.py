@@ -273,7 +273,14 @@ def _random() -> dict[str, Case]:
 
 def _optimizer() -> dict[str, Case]:
     grads = {"a": normal(5, 7), "b": normal(11)}
+    pair = {"x": normal(3, 5), "g": normal(3, 5)}
     return {
+        **{
+            f"keep_{norm}": Case(
+                lambda i: optimizer.keep(i["x"], i["g"], i["n"]), {**pair, "n": torch.tensor(norm)}, depth=0
+            )
+            for norm in (2.0, float("inf"), float("nan"))
+        },
         "accumulate": Case(lambda i: optimizer.accumulate(i["x"], i["g"]), {"x": normal(3, 5), "g": normal(3, 5)}),
         "global_norm": Case(lambda i: optimizer.global_norm(i["a"], i["b"]), grads, depth=46),
         "clip": Case(lambda i: optimizer.clip_coefficient(optimizer.global_norm(i["a"], i["b"]), max_norm=1.0), grads),

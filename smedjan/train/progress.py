@@ -1,0 +1,47 @@
+"""What a run has come to besides its weights and its optimizer's state, kept in a checkpoint's state.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from smedjan.errors import ConfigError
+
+
+@dataclass
+class Progress:
+    """
+    skipped   steps whose gradient norm was not finite: they changed neither weights nor state
+    in_a_row  how many of the last ones were
+    """
+
+    skipped: int = 0
+    in_a_row: int = 0
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Progress:
+        """What a checkpoint's state has of it; one of an older version has none."""
+        return cls(**state.get("progress", {}))
+
+    def to_state(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def after_step(self, step: int, loss: float, norm: float, *, max_skipped: int) -> None:
+        """Counts a step that was skipped; too many in a row, or a loss that no norm warned of, are an error."""
+        self.in_a_row = 0 if math.isfinite(norm) else self.in_a_row + 1
+        self.skipped += not math.isfinite(norm)
+        if self.in_a_row >= max_skipped:
+            raise ConfigError(
+                f"{self.in_a_row} steps in a row had a gradient norm that is not finite, the last one step {step} "
+                f"(loss {loss:g}, norm {norm:g})",
+                field="optim.lr",
+                remedy="lower --optim.lr, or raise --optim.max-skipped; the last checkpoint is whole",
+            )
+        if not math.isfinite(loss) and math.isfinite(norm):
+            raise ConfigError(
+                f"loss {loss:g}, gradient norm {norm:g} at step {step}",
+                field="optim.lr",
+                remedy="lower --optim.lr; the last checkpoint is whole",
+            )
