@@ -152,6 +152,25 @@ def _(dys, ins, outs, needs, acc):
 
 
 @op
+def div(a: Tensor, b: Tensor) -> Spec:
+    """y = a / b, broadcast"""
+    require(a.dtype == b.dtype, f"div of {a.dtype} and {b.dtype}: cast first")
+    return a.like(shape=broadcast(a.shape, b.shape))
+
+
+@op
+def sign(x: Tensor) -> Spec:
+    """y = -1, 0 or 1"""
+    return x.like()
+
+
+@op
+def clamp(x: Tensor, *, low: float, high: float) -> Spec:
+    """y = min(max(x, low), high)"""
+    return x.like()
+
+
+@op
 def add_scalar(x: Tensor, *, value: float) -> Spec:
     """y = x + value"""
     return x.like()

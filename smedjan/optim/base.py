@@ -30,6 +30,7 @@ from smedjan.ops.optimizer import (
     quantize_blocks,
     stochastic_round,
 )
+from smedjan.ops.steps import average_update
 
 Shape = tuple[int, ...]
 
@@ -86,6 +87,9 @@ class Optimizer(ABC):
 
     `rates` are factors of the learning rate for parameters of some names, the first that matches (`named`): LoRA+
     (Hayou et al. 2024) is (("lora_B", 16.0),). `factor` multiplies all of them.
+
+    With `ema`, a decay, ema.NAME is the exponential mean of the parameter (of its master) after each step, in float32,
+    which begins at the weights that a run starts from: torch's AveragedModel with get_ema_multi_avg_fn.
     """
 
     states: ClassVar[tuple[str, ...]] = STATES
@@ -98,6 +102,7 @@ class Optimizer(ABC):
     rounding: str = "nearest"
     rates: tuple[tuple[str, float], ...] = ()
     factor: float = 1.0
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
         assert self.state_dtype in STATES, self.state_dtype
@@ -165,12 +170,14 @@ class Optimizer(ABC):
         return any(self.by_chance(dtype) for _, dtype in parameters.values())
 
     def state(self, parameters: Parameters) -> dict[str, tuple[Shape, str]]:
-        """Shape and dtype of each array that the optimizer keeps, as KIND.NAME: what it says, and master.NAME."""
+        """Shape and dtype of each array that the optimizer keeps, as KIND.NAME: what it says, master and ema."""
         made: dict[str, tuple[Shape, str]] = {}
         for name, (shape, dtype) in parameters.items():
             made |= {f"{kind}.{name}": spec for kind, spec in self.kept(name, shape, dtype).items()}
             if self.has_master(dtype):
                 made[f"master.{name}"] = (shape, "float32")
+            if self.ema:
+                made[f"ema.{name}"] = (shape, "float32")
         return made
 
     def state_bytes(self, parameters: Parameters) -> int:
@@ -211,6 +218,9 @@ class Optimizer(ABC):
             sites={name: site for site, name in enumerate(parameters)},
         )
         self.update(update, list(parameters))
+        for name in parameters if self.ema else ():
+            new = graph.outputs.get(f"master.{name}", graph.outputs[name])
+            graph.output(f"ema.{name}", average_update(state[f"ema.{name}"], new, norm, decay=self.ema))
         return graph
 
     def parameter(self, update: Update, name: str) -> Tensor:

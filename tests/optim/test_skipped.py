@@ -11,8 +11,12 @@ import torch
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.graph.rewrite import cse, decompose, distinct_outputs, prune
 from smedjan.optim import base
+from smedjan.optim.adafactor import Adafactor
 from smedjan.optim.adamw import AdamW
 from smedjan.optim.base import Optimizer
+from smedjan.optim.lion import Lion
+from smedjan.optim.muon import Muon
+from smedjan.optim.sophia import Sophia
 from smedjan.runtime.select import backend
 
 SHAPES = {"w": (16, 32), "b": (3,), "u": (512,)}
@@ -26,10 +30,19 @@ CHOICES: dict[str, tuple[Optimizer, str]] = {
     "bfloat16 state": (AdamW(master=True, state_dtype="bfloat16"), "bfloat16"),
     "stochastic": (AdamW(rounding="stochastic"), "bfloat16"),
     "8 bits": (AdamW(state_dtype="8bit", master=True), "bfloat16"),
+    "muon": (Muon(master=True, weight_decay=0.1), "bfloat16"),
+    "muon, 8 bits": (Muon(state_dtype="8bit"), "float32"),
+    "lion": (Lion(weight_decay=0.1), "float32"),
+    "lion, 8 bits": (Lion(state_dtype="8bit", rounding="stochastic"), "bfloat16"),
+    "adafactor": (Adafactor(weight_decay=0.1, master=True), "bfloat16"),
+    "sophia": (Sophia(weight_decay=0.1), "float32"),
 }
-ROUNDED = ("bfloat16 state", "stochastic", "8 bits")
+CODED = ("muon, 8 bits", "lion, 8 bits")
+"""What cuda_triton has no kernels for: AdamW's buckets alone take state of 8 bits there."""
+ROUNDED = ("bfloat16 state", "stochastic", "8 bits", *CODED)
 """What mlx_metal has no ops for."""
-CASES = [(choice, on) for choice in CHOICES for on in BACKENDS if on != "mlx_metal" or choice not in ROUNDED]
+LACKING = {"cuda_triton": CODED, "mlx_metal": ROUNDED}
+CASES = [(choice, on) for choice in CHOICES for on in BACKENDS if choice not in LACKING.get(on, ())]
 
 
 @pytest.mark.parametrize("poison", [float("inf"), float("nan")], ids=str)

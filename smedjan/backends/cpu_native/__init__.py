@@ -13,6 +13,7 @@ from smedjan.backends.cpu_native import (  # noqa: F401  (each fills RULES)
     loss,
     norm,
     rope,
+    steps,
 )
 from smedjan.backends.cpu_native.table import RULES
 from smedjan.backends.torch_reference import TorchBackend

@@ -71,6 +71,21 @@ def mul(a: mx.array, b: mx.array) -> mx.array:
     return a * b
 
 
+@RULES.rule("div")
+def div(a: mx.array, b: mx.array) -> mx.array:
+    return (wide(a) / wide(b)).astype(a.dtype)
+
+
+@RULES.rule("sign")
+def sign(x: mx.array) -> mx.array:
+    return mx.sign(x)
+
+
+@RULES.rule("clamp")
+def clamp(x: mx.array, *, low: float, high: float) -> mx.array:
+    return mx.clip(wide(x), low, high).astype(x.dtype)
+
+
 @RULES.rule("scale")
 def scale(x: mx.array, *, factor: float) -> mx.array:
     return (wide(x) * factor).astype(x.dtype)
