@@ -40,7 +40,12 @@ class Bar:
             self._progress.console.print(line(event["fp8"], on="the first batch"), highlight=False)
             return
         if "eval_loss" in event:
-            self._progress.console.print(f"step {event['step']}: eval loss {event['eval_loss']:.4f}", highlight=False)
+            shown = f"step {event['step']}: eval loss {event['eval_loss']:.4f}"
+            if event.get("best_step") not in (None, event["step"]):
+                shown += f" (lowest {event['best_eval_loss']:.4f} after step {event['best_step']})"
+            if event.get("stopped_early"):
+                shown += "; stopped early"
+            self._progress.console.print(shown, highlight=False)
             return
         figures = (
             f"loss {event['loss']:.4f}  lr {event['lr']:.2e}  {event['tokens_per_s']:,.0f} tokens/s  "

@@ -19,7 +19,7 @@ from smedjan.hf.load import open_model, open_session, resolve
 from smedjan.hf.tokenizer import Tokenizer, load_tokenizer
 from smedjan.runtime.select import backend as select_backend
 from smedjan.runtime.session import Session
-from smedjan.train.finetune import PAD_TO, evaluate_loss
+from smedjan.train.evaluation import PAD_TO, evaluate_loss
 
 BATCH = 8
 SPARE = 4

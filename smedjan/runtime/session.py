@@ -192,8 +192,8 @@ class Session:
         inputs = {**self.parameters, **self.batch_inputs(batch)}
         return (program(inputs, observe=observe) if observe else program(inputs))["logits"]
 
-    def predictions(self, batch: Batch) -> np.ndarray:
-        """The likeliest token at each trained row, int64 [R] in the order of `batch.loss_rows`."""
+    def trained_logits(self, batch: Batch) -> np.ndarray:
+        """Logits at each trained row, float32 [R, V] on the host, in the order of `batch.loss_rows`."""
         chosen = batch.loss_rows
         if self.backend.exact:  # the head on some rows alone has other bits than on all
             logits = self.logits(batch)
@@ -203,8 +203,11 @@ class Session:
             logits = self.logits_program(self.form(batch, rows=len(chosen)))(inputs)["logits"]
         raw = self.backend.to_raw(logits)
         values = to_float32(raw).reshape(-1, raw.shape[-1])
-        rows = values[batch.loss_rows] if self.backend.exact else values[: len(batch.loss_rows)]
-        return rows.argmax(-1)
+        return values[batch.loss_rows] if self.backend.exact else values[: len(batch.loss_rows)]
+
+    def predictions(self, batch: Batch) -> np.ndarray:
+        """The likeliest token at each trained row, int64 [R] in the order of `batch.loss_rows`."""
+        return self.trained_logits(batch).argmax(-1)
 
 
 def bucket_rows(labels: np.ndarray) -> np.ndarray:

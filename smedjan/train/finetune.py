@@ -11,34 +11,32 @@ from functools import cached_property
 from pathlib import Path
 
 from smedjan.checkpoint.atomic import write_atomic
-from smedjan.checkpoint.dtype import to_float32
 from smedjan.checkpoint.raw import RawTensor, specs_of
-from smedjan.checkpoint.run_dir import Checkpoint, load_checkpoint, save_checkpoint, sha256_of
+from smedjan.checkpoint.run_dir import Checkpoint, checkpoint_of, load_checkpoint, save_checkpoint, sha256_of
 from smedjan.checkpoint.sizes import parse_size
 from smedjan.data.dataset import Steps, TokenDataset
 from smedjan.data.formats import read_rows
 from smedjan.data.mask import Tokenized, tokenize_rows
 from smedjan.errors import CheckpointError, ConfigError
+from smedjan.graph.program import Program
 from smedjan.hf.export import save_model
 from smedjan.hf.load import ModelFiles, open_model, open_session
 from smedjan.hf.peft import WEIGHTS as ADAPTER_WEIGHTS
 from smedjan.hf.peft import initial_adapter, write_adapter
 from smedjan.hf.tokenizer import load_tokenizer
-from smedjan.optim.adamw import AdamW
-from smedjan.optim.base import named
+from smedjan.models.decoder import Form
 from smedjan.optim.schedule import factor
 from smedjan.passes.lora import Lora
 from smedjan.runtime.select import backend as select_backend
-from smedjan.runtime.session import Session
+from smedjan.runtime.session import ROW_BUCKET
 from smedjan.train import fp8
 from smedjan.train.asked import asked
 from smedjan.train.config import FinetuneConfig
+from smedjan.train.evaluation import PAD_TO, evaluate_loss
 from smedjan.train.log import Event, RunLog
+from smedjan.train.optimizers import optimizer
 from smedjan.train.progress import Progress
 from smedjan.train.step import Trainer
-
-PAD_TO = 16
-"""Rows are padded to a multiple of this, so that a run needs few programs."""
 
 FP8 = "train.fp8"
 """The field that asks for `fp8`."""
@@ -51,7 +49,8 @@ class Interrupted(KeyboardInterrupt):
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What a run left behind. `rows` counts kept, truncated and dropped ones; `unstopped` of the kept, uncut ones train
-    no stop token; `trained_share` is of all tokens. `skipped` steps had a gradient norm that is not finite."""
+    no stop token; `trained_share` is of all tokens. `skipped` steps had a gradient norm that is not finite.
+    `best_step` had the lowest loss of all evaluations, `best_eval_loss`; with patience the weights are of that step."""
 
     run_dir: Path
     weights_sha256: str
@@ -64,6 +63,9 @@ class Run:
     plan_hash: str
     eval_loss: float | None
     skipped: int
+    best_step: int | None
+    best_eval_loss: float | None
+    stopped_early: bool
 
 
 class Finetune:
@@ -184,26 +186,34 @@ class Finetune:
             fresh = initial_adapter(self.lora, self._shapes, config.seed)
             session.parameters.update({name: self.backend.from_raw(raw) for name, raw in fresh.items()})
             session.lora, names = self.lora, list(fresh)
-        optim = config.optim
-        adamw = AdamW(
-            beta1=optim.beta1,
-            beta2=optim.beta2,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            clip=optim.clip,
-            master=optim.master,
-            state_dtype=optim.state,
-            rounding=optim.rounding,
-            rates=optim.rates,
+        model = self.files.config
+        made = optimizer(
+            config.optim,
+            config.learning_rate,
+            names,
+            apart=(model.names.embedding, model.names.head),
+            ema=config.train.ema or 0.0,
         )
-        for part, _ in optim.rates:
-            if not any(named(name, part) for name in names):
-                raise ConfigError(
-                    f"no trained parameter has {part!r} in its name",
-                    field="optim.lr_pattern",
-                    remedy="give whole parts of names, such as embed_tokens, layers.0 or lora_B",
-                )
-        return Trainer(session, names, adamw, seed=config.seed)
+        return Trainer(session, names, made, seed=config.seed)
+
+    def largest_program(self, trainer: Trainer) -> Program:
+        """Of the run's largest micro-batch, planned and not run: as many of the longest rows as it takes."""
+        config = self.config.train
+        lengths = max(len(example) for example in self.dataset.examples)
+        longest = self.max_length if config.packing else lengths
+        seq = min(-(-longest // PAD_TO) * PAD_TO, self.max_length)
+        trained = max(example.trained_tokens for example in self.dataset.examples) * config.batch_size
+        rows = 0 if self.backend.exact else min(-(-trained // ROW_BUCKET) * ROW_BUCKET, seq * config.batch_size)
+        form = Form(
+            batch=config.batch_size,
+            seq=seq,
+            dtype=trainer.session.dtype,
+            kind="packed" if config.packing else "padded",
+            attention=config.attention,
+            rows=rows,
+            positions=config.batch_size if config.packing else 1,
+        )
+        return trainer.session.micro_program(form, trainer.names)
 
     def learning_rate(self, step: int) -> float:
         """Of `step`, counted from 0. Warm-up ends at the peak; its first step is not zero, unlike transformers'."""
@@ -231,15 +241,6 @@ class Finetune:
             "started": self.started,
             "history": history,
         }
-
-
-def evaluate_loss(session: Session, dataset: TokenDataset, *, batch_size: int, max_length: int) -> float:
-    """Mean negative log-likelihood of the trained tokens."""
-    total = 0.0
-    for batch in dataset.batches(batch_size=batch_size, max_length=max_length, pad_to=PAD_TO):
-        loss, _ = session.micro(batch, (), num_items=1.0)
-        total += float(to_float32(session.backend.to_raw(loss))[0])
-    return total / dataset.trained_tokens
 
 
 def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None = None) -> Run:
@@ -276,11 +277,13 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
             state={**parts.state(history), "progress": progress.to_state()},
             weights_name=name,
             keep=config.train.keep,
+            best=progress.best_step if config.train.patience is not None else None,
         )
 
-    eval_loss = None
+    eval_loss, done = None, start
+    most_bytes = parts.largest_program(trainer).peak_bytes if parts.eval_dataset is not None else None
     with asked() as wanted:
-        for step in range(start, parts.steps.total):
+        for step in range(start, start if progress.stopped_early else parts.steps.total):
             batches = parts.steps.batches_for_step(step)
             lr, began = parts.learning_rate(step), time.perf_counter()
             loss, norm = trainer.step(batches, number=step + 1, lr=lr, taken=step + 1 - progress.skipped)
@@ -300,17 +303,34 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
                     "skipped": progress.skipped,
                 }
             )
-            last = step + 1 == parts.steps.total
+            done = step + 1
+            last, better = done == parts.steps.total, False
             if parts.eval_dataset is not None and (last or _due(config.train.eval_every, step)):
-                eval_loss = evaluate_loss(
-                    trainer.session, parts.eval_dataset, batch_size=config.train.batch_size, max_length=parts.max_length
+                with trainer.averaged():
+                    eval_loss = evaluate_loss(
+                        trainer.session,
+                        parts.eval_dataset,
+                        batch_size=config.train.batch_size,
+                        max_length=parts.max_length,
+                        most_bytes=most_bytes,
+                    )
+                better = progress.after_evaluation(
+                    done, eval_loss, patience=config.train.patience, min_delta=config.train.min_delta
                 )
-                log.write({"step": step + 1, "eval_loss": eval_loss})
-            if last or wanted.stop or wanted.save_now() or _due(config.train.save_every, step):
+                better = better and config.train.patience is not None
+                log.write({"step": done, "eval_loss": eval_loss, **progress.best()})
+                last = last or progress.stopped_early
+            if last or better or wanted.stop or wanted.save_now() or _due(config.train.save_every, step):
                 save(step + 1)
             if wanted.stop and not last:
                 raise Interrupted(f"stopped after step {step + 1}; go on with --resume")
-    weights = trainer.weights()
+            if last:
+                break
+    if config.train.patience is not None and progress.best_step not in (None, done):
+        best = checkpoint_of(out, progress.best_step)
+        trainer.restore(best.weights, best.optimizer)
+    with trainer.averaged():
+        weights = trainer.weights()
     _save_result(parts, weights, out)
     examples = parts.tokenized
     plan_hash = next(iter(trainer.session.programs.values())).plan_hash if trainer.session.programs else ""
@@ -321,12 +341,13 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
         rows={"kept": counts.kept, "truncated": counts.truncated, "dropped": counts.dropped},
         unstopped=counts.unstopped,
         trained_share=parts.dataset.trained_tokens / parts.dataset.tokens,
-        steps=parts.steps.total,
+        steps=done,
         backend=parts.backend.name,
         exact=parts.backend.exact,
         plan_hash=plan_hash,
         eval_loss=eval_loss,
         skipped=progress.skipped,
+        **progress.best(),
     )
     _write_plan(trainer, out / "smedjan" / "plan.json", run, errors)
     return run

@@ -13,7 +13,7 @@ from smedjan.models.decoder import Form
 from smedjan.models.decoder_config import DecoderConfig
 from smedjan.optim.adamw import AdamW
 from smedjan.passes.lora import Lora
-from smedjan.runtime.session import ROW_BUCKET, Session, fills_window
+from smedjan.runtime.session import Session, fills_window
 from smedjan.train.config import FinetuneConfig
 from smedjan.train.finetune import FP8, Finetune
 from smedjan.train.fp8 import check, layers, of_normal
@@ -93,30 +93,17 @@ def plan(config: FinetuneConfig) -> Plan:
     """The plan of the run's largest micro-batch; reads the model and the rows, and computes nothing but what layers in
     8-bit floats lose."""
     parts = Finetune(config)
-    lengths = sorted((len(example) for example in parts.dataset.examples), reverse=True)
-    longest = parts.max_length if config.train.packing else lengths[0]
-    seq = min(-(-longest // 16) * 16, parts.max_length)
     trainer = parts.trainer()
-    trained = max(example.trained_tokens for example in parts.dataset.examples) * config.train.batch_size
-    rows = 0 if parts.backend.exact else min(-(-trained // ROW_BUCKET) * ROW_BUCKET, seq * config.train.batch_size)
-    form = Form(
-        batch=config.train.batch_size,
-        seq=seq,
-        dtype=trainer.session.dtype,
-        kind="packed" if config.train.packing else "padded",
-        attention=config.train.attention,
-        rows=rows,
-        positions=config.train.batch_size if config.train.packing else 1,
-    )
-    program = trainer.session.micro_program(form, trainer.names)
+    program = parts.largest_program(trainer)
     cost: Cost = program.cost
+    tokens = program.graph.inputs["input_ids"].numel
     state = trainer.optimizer.state_bytes(trainer.shapes)
     counts = parts.tokenized.counts
     return Plan(
         parameters=sum(spec.numel for spec in specs_of(parts.files.tensors).values()),
         trained_parameters=sum(program.graph.inputs[name].numel for name in trainer.names),
         nodes=len(program.calls),
-        flops_per_token=cost.flops // (form.batch * form.seq),
+        flops_per_token=cost.flops // tokens,
         planned_bytes=program.peak_bytes + state,
         steps=parts.steps.total,
         rows={"kept": counts.kept, "truncated": counts.truncated, "dropped": counts.dropped},

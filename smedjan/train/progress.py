@@ -13,12 +13,20 @@ from smedjan.errors import ConfigError
 @dataclass
 class Progress:
     """
-    skipped   steps whose gradient norm was not finite: they changed neither weights nor state
-    in_a_row  how many of the last ones were
+    skipped         steps whose gradient norm was not finite: they changed neither weights nor state
+    in_a_row        how many of the last ones were
+    best_step       after which the evaluation's loss was the lowest so far
+    best_eval_loss  that loss
+    waited          evaluations since then
+    stopped_early   the run is over: `patience` of them
     """
 
     skipped: int = 0
     in_a_row: int = 0
+    best_step: int | None = None
+    best_eval_loss: float | None = None
+    waited: int = 0
+    stopped_early: bool = False
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Progress:
@@ -45,3 +53,17 @@ class Progress:
                 field="optim.lr",
                 remedy="lower --optim.lr; the last checkpoint is whole",
             )
+
+    def after_evaluation(self, step: int, loss: float, *, patience: int | None, min_delta: float) -> bool:
+        """Whether the loss is the best so far, by more than `min_delta`. One that is not finite never is."""
+        better = math.isfinite(loss) and (self.best_eval_loss is None or loss < self.best_eval_loss - min_delta)
+        if better:
+            self.best_step, self.best_eval_loss, self.waited = step, loss, 0
+        else:
+            self.waited += 1
+        self.stopped_early = patience is not None and self.waited >= patience
+        return better
+
+    def best(self) -> dict[str, Any]:
+        """What a run shows of it."""
+        return {key: getattr(self, key) for key in ("best_step", "best_eval_loss", "stopped_early")}

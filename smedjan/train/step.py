@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from smedjan.backends.base import Array
@@ -10,7 +11,9 @@ from smedjan.checkpoint.dtype import convert, to_float32
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.data.collate import Batch
 from smedjan.optim.base import COPIES, Optimizer
+from smedjan.optim.sophia import Sophia
 from smedjan.runtime.session import Session
+from smedjan.train.hessian import Hessian
 
 MASK32 = 0xFFFFFFFF
 
@@ -26,6 +29,7 @@ class Trainer:
         exact = session.backend.exact
         graph = optimizer.graph(self.shapes, exact=exact, buckets=not exact)
         self.update = session.finish(graph)
+        self.hessian = Hessian(session, optimizer, self.shapes) if isinstance(optimizer, Sophia) else None
         self.state: dict[str, Array] = {
             name: self._copy(name.partition(".")[2])
             if name.partition(".")[0] in COPIES
@@ -52,12 +56,17 @@ class Trainer:
         assert num_items > 0, "a step without a trained token"
         totals: dict[str, Array] | None = None
         losses = []
+        taken = number if taken is None else taken
+        if self.hessian is not None and self.hessian.due(taken):
+            # Before the step's own gradients: a planned program's next run would write over them.
+            key = (self.seed & MASK32, self.seed >> 32, number, 0)
+            self.state.update(self.hessian.estimate(session, self.state, batches[0], key=key))
         for micro, batch in enumerate(batches):
             key = (self.seed & MASK32, self.seed >> 32, number, micro)
             loss, totals = session.micro(batch, self.names, num_items=num_items, totals=totals, dropout_key=key)
             losses.append(loss)
         assert totals is not None
-        made = self.update(self._inputs(totals, number if taken is None else taken, lr))
+        made = self.update(self._inputs(totals, taken, lr))
         for name in self.names:
             session.parameters[name] = made[name]
         self.state = {name: made[name] for name in self.state}
@@ -75,6 +84,20 @@ class Trainer:
 
     def _float(self, scalar: Array) -> float:
         return float(to_float32(self.session.backend.to_raw(scalar))[0])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the session's parameters are the mean of the weights, each in its dtype, where one is kept."""
+        parameters = self.session.parameters
+        raw = {name: parameters[name] for name in self.names}
+        try:
+            if self.optimizer.ema:
+                for name in self.names:
+                    mean = self.session.backend.to_raw(self.state[f"ema.{name}"])
+                    parameters[name] = self.session.backend.from_raw(convert(mean, self.shapes[name][1]))
+            yield
+        finally:
+            parameters.update(raw)
 
     def weights(self) -> dict[str, RawTensor]:
         """The trained parameters, on the host."""

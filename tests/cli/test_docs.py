@@ -74,7 +74,20 @@ TRAIN = ["finetune", "--model", "downloaded", "--data", "rows.jsonl", "--train.s
         (["info", "downloaded"], {"model_type", "parameters", "dtype", "tied", "adapter"}, False),
         (["graph", "downloaded", "--length", "16"], PLAN, True),
         ([*TRAIN, "--dry-run"], PLAN, True),
-        ([*TRAIN, "--out", "json-run"], {"run_dir", "weights_sha256", "rows", "trained_share", "skipped"}, True),
+        (
+            [*TRAIN, "--out", "json-run"],
+            {
+                "run_dir",
+                "weights_sha256",
+                "rows",
+                "trained_share",
+                "skipped",
+                "best_step",
+                "best_eval_loss",
+                "stopped_early",
+            },
+            True,
+        ),
         (
             ["generate", "downloaded", "7 is ", "--max-new-tokens", "2"],
             {"token_ids", "text", "finish_reason", "prompt_tokens", "tokens_per_s"},

@@ -24,7 +24,8 @@ FLAGS = """model data eval-data out method resume dry-run seed backend dtype
 train.steps train.epochs train.batch-size train.grad-accum train.max-length train.packing train.loss-on train.too-long
 train.save-every train.keep train.eval-every train.attention train.fp8 train.memory
 optim.name optim.lr optim.lr-pattern optim.weight-decay optim.master optim.clip optim.schedule optim.warmup
-optim.max-skipped optim.state optim.rounding optim.cycles optim.beta1 optim.beta2 optim.eps
+optim.max-skipped optim.momentum optim.muon-adjust optim.adamw-lr optim.rho optim.hessian-every
+train.ema train.patience train.min-delta optim.state optim.rounding optim.cycles optim.beta1 optim.beta2 optim.eps
 lora.rank lora.alpha lora.dropout lora.targets lora.last-layers
 lora.rslora lora.rank-pattern lora.alpha-pattern"""
 
