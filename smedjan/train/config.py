@@ -330,7 +330,9 @@ class FinetuneConfig(Section):
         decided = self.to_dict()
         for name in ("model", "data", "eval_data", "out", "resume", "dry_run", "backend"):
             del decided[name]
-        for name in ("save_every", "keep", "eval_every", "memory"):
+        # Patience makes of when, and by how much, something that decides the weights.
+        watch = ("eval_every", "min_delta") if self.train.patience is None else ()
+        for name in ("save_every", "keep", "memory", *watch):
             del decided["train"][name]
         del decided["optim"]["max_skipped"]
         if self.method == "full":

@@ -231,7 +231,9 @@ class Finetune:
         return sha256_of(self.files.tensors)
 
     def state(self, history: list[Event]) -> Event:
+        watched = self.eval_dataset if self.config.train.patience is not None else None
         return {
+            **({} if watched is None else {"eval_sha256": watched.fingerprint()}),
             "config_hash": self.config.config_hash(),
             "data_sha256": self.dataset.fingerprint(),
             "base_sha256": self.base_sha256,
@@ -287,7 +289,9 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
             batches = parts.steps.batches_for_step(step)
             lr, began = parts.learning_rate(step), time.perf_counter()
             loss, norm = trainer.step(batches, number=step + 1, lr=lr, taken=step + 1 - progress.skipped)
-            progress.after_step(step + 1, loss, norm, max_skipped=config.optim.max_skipped)
+            done = step + 1
+            last, better = done == parts.steps.total, False
+            progress.after_step(done, loss, norm, max_skipped=config.optim.max_skipped, last=last)
             tokens, seconds = sum(b.tokens for b in batches), time.perf_counter() - began
             log.write(
                 {
@@ -303,8 +307,6 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
                     "skipped": progress.skipped,
                 }
             )
-            done = step + 1
-            last, better = done == parts.steps.total, False
             if parts.eval_dataset is not None and (last or _due(config.train.eval_every, step)):
                 with trainer.averaged():
                     eval_loss = evaluate_loss(

@@ -36,18 +36,20 @@ class Progress:
     def to_state(self) -> dict[str, Any]:
         return asdict(self)
 
-    def after_step(self, step: int, loss: float, norm: float, *, max_skipped: int) -> None:
-        """Counts a step that was skipped; too many in a row, or a loss that no norm warned of, are an error."""
+    def after_step(self, step: int, loss: float, norm: float, *, max_skipped: int, last: bool) -> None:
+        """Counts a step that was skipped. An error are too many in a row, two in a row with which the run would end
+        (weights that overflow may give finite losses still) and a loss that is not finite and that no norm warned of, or
+        that is the last one: a result of such weights is worth nothing."""
         self.in_a_row = 0 if math.isfinite(norm) else self.in_a_row + 1
         self.skipped += not math.isfinite(norm)
-        if self.in_a_row >= max_skipped:
+        if self.in_a_row >= (min(2, max_skipped) if last else max_skipped):
             raise ConfigError(
                 f"{self.in_a_row} steps in a row had a gradient norm that is not finite, the last one step {step} "
                 f"(loss {loss:g}, norm {norm:g})",
                 field="optim.lr",
-                remedy="lower --optim.lr, or raise --optim.max-skipped; the last checkpoint is whole",
+                remedy="lower --optim.lr; the last checkpoint is whole",
             )
-        if not math.isfinite(loss) and math.isfinite(norm):
+        if not math.isfinite(loss) and (last or math.isfinite(norm)):
             raise ConfigError(
                 f"loss {loss:g}, gradient norm {norm:g} at step {step}",
                 field="optim.lr",

@@ -312,6 +312,10 @@ def test_the_hash_holds_what_decides_the_numbers() -> None:
         replace(base, train=replace(base.train, loss_on="all")),
         replace(base, optim=replace(base.optim, eps=1e-6)),
         replace(base, lora=replace(base.lora, rank=8)),
+        replace(base, train=replace(base.train, ema=0.9)),
+        watched := replace(base, eval_data=Path("e"), train=replace(base.train, patience=2)),
+        replace(watched, train=replace(watched.train, eval_every=7)),
+        replace(watched, train=replace(watched.train, min_delta=0.1)),
     ]
     assert len({base.config_hash(), *(made.config_hash() for made in other)}) == len(other) + 1
     full = replace(base, method="full")

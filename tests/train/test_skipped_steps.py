@@ -77,6 +77,18 @@ def test_too_many_in_a_row_end_the_run(configure, overflow):
         smedjan.finetune(replace(config, resume=True))
 
 
+@pytest.mark.parametrize("poisoned", [(4,), (3, 4)], ids=len)
+def test_a_run_does_not_end_in_skipped_steps(configure, overflow, poisoned):
+    overflow(*poisoned)
+    config = configure(train__steps=4)
+    if len(poisoned) == 1:
+        assert smedjan.finetune(config).skipped == 1
+        return
+    with pytest.raises(ConfigError, match="2 steps in a row"):
+        smedjan.finetune(config)
+    assert not (config.out / "model.safetensors").exists()
+
+
 def test_a_rate_that_is_far_too_high(configure):
     """Weights that overflow in the very first step give no finite norm again."""
     with pytest.raises(ConfigError, match="2 steps in a row"):
