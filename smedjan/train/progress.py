@@ -38,8 +38,8 @@ class Progress:
 
     def after_step(self, step: int, loss: float, norm: float, *, max_skipped: int, last: bool) -> None:
         """Counts a step that was skipped. An error are too many in a row, two in a row with which the run would end
-        (weights that overflow may give finite losses still) and a loss that is not finite and that no norm warned of, or
-        that is the last one: a result of such weights is worth nothing."""
+        (weights that overflow may give finite losses still), and a loss that is not finite and that no norm warned of,
+        or that is the last one: a result of such weights is worth nothing."""
         self.in_a_row = 0 if math.isfinite(norm) else self.in_a_row + 1
         self.skipped += not math.isfinite(norm)
         if self.in_a_row >= (min(2, max_skipped) if last else max_skipped):

@@ -45,8 +45,13 @@ LACKING = {"cuda_triton": CODED, "mlx_metal": ROUNDED}
 CASES = [(choice, on) for choice in CHOICES for on in BACKENDS if choice not in LACKING.get(on, ())]
 
 
-@pytest.mark.parametrize("poison", [float("inf"), float("nan")], ids=str)
-@pytest.mark.parametrize(("choice", "on"), CASES)
+POISONS = {"torch_reference": (float("inf"), float("nan"))}
+"""NaN alone where a case takes long: it is the one that comparisons and products with zero let through."""
+
+
+@pytest.mark.parametrize(
+    ("choice", "on", "poison"), [(*case, each) for case in CASES for each in POISONS.get(case[1], (float("nan"),))]
+)
 def test_nothing_changes(choice, on, poison, monkeypatch):
     monkeypatch.setattr(base, "EIGHT_BIT_FROM", 256)
     optimizer, dtype = CHOICES[choice]
