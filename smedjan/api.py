@@ -20,6 +20,7 @@ from smedjan.generate.sampling import Sampling
 from smedjan.hf.export import save_model
 from smedjan.hf.import_model import ImportReport, import_model
 from smedjan.hf.load import ModelFiles, open_model, open_session, resolve
+from smedjan.hf.new_tokens import files_of
 from smedjan.hf.parity import ParityReport, parity
 from smedjan.hf.peft import MergeReport, merged_weights, read_adapter
 from smedjan.hf.tokenizer import Tokenizer, load_tokenizer
@@ -62,7 +63,7 @@ class Model:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.files.path)
+        return load_tokenizer(self.files.tokenizer_path)
 
     def logits(self, input_ids: Any, attention_mask: Any = None) -> np.ndarray:
         """float32 [batch, seq, vocab]; bfloat16 results are widened, no bit lost."""
@@ -76,6 +77,8 @@ class Model:
 
         batch: input_ids, labels (-100 = not trained; not shifted) and, optionally, attention_mask, [batch, seq].
         """
+        if self.session.int8:
+            raise ConfigError("8-bit weights have no gradients", field="quantize", remedy="load it without quantize")
         made = _batch(batch["input_ids"], batch.get("attention_mask"), batch["labels"], self.session.config.vocab_size)
         if made.trained_tokens == 0:
             raise DataError("no token is trained", field="labels", remedy="give a label other than -100")
@@ -114,6 +117,8 @@ class Model:
 
     def save(self, path: str | Path) -> None:
         """A new model directory in Hugging Face's layout. An adapter is merged in first with `smedjan.merge`."""
+        if self.session.int8:
+            raise ConfigError("the model is in 8 bits", field="path", remedy="load it without quantize")
         if self.session.lora is not None:
             raise ConfigError("the model has an adapter", field="path", remedy="write it with smedjan.merge")
         weights = {name: self.session.backend.to_raw(array) for name, array in self.session.parameters.items()}
@@ -128,8 +133,15 @@ def load(
     dtype: str | None = None,
     adapter: str | Path | None = None,
     attention: str = "sdpa",
+    quantize: str | None = None,
 ) -> Model:
-    """A model directory, run directory or hub id, on a backend. A run of LoRA is loaded with its base."""
+    """A model directory, run directory or hub id, on a backend. A run of LoRA is loaded with its base.
+
+    quantize: "int8" holds the linear layers and the head as 8-bit codes with a scale a row, for decoding: the products
+    are taken in float32 with `dtype` activations, the weights are off by at most half a scale each.
+    """
+    if quantize not in (None, "int8"):
+        raise ConfigError(f"is {quantize!r}", field="quantize", remedy="give int8 or nothing")
     chosen = select_backend(backend)
     if device is not None and device != chosen.device:
         raise ConfigError(
@@ -138,21 +150,23 @@ def load(
     if attention not in ("sdpa", "eager"):
         raise ConfigError(f"is {attention!r}", field="attention", remedy="give sdpa or eager")
     base, laid = resolve(path, adapter)
-    files = open_model(base)
-    session = open_session(files, chosen, dtype=dtype, attention=attention, adapter=laid)
+    files = open_model(base, laid)
+    session = open_session(files, chosen, dtype=dtype, attention=attention, adapter=laid, int8=quantize is not None)
     return Model(files, session)
 
 
 def merge(base: str | Path, adapter: str | Path, out: str | Path, *, dtype: str | None = None) -> MergeReport:
     """A new model directory with the adapter's product added to the weights, in float32, rounded once.
 
+    Embeddings and heads that the adapter holds whole replace the base's, and so does its tokenizer with new tokens.
     The base is the model as it is stored, also for an adapter that was trained on its 4-bit weights (`qlora`).
     """
-    files = open_model(base)
+    files = open_model(base, Path(adapter))
     lora, tensors = read_adapter(Path(adapter))
     chosen = dtype or files.dtype
     weights, merged, largest = merged_weights(files.tensors, lora, tensors, chosen)
-    save_model(Path(out), files.data, weights, files.path)
+    made = {} if files.own_tokenizer is None else files_of(files.own_tokenizer)
+    save_model(Path(out), files.data, weights, files.path, extra_files=made)
     return MergeReport(
         out=str(out), dtype=chosen, merged=merged, largest_change=largest, weights_sha256=sha256_of(weights)
     )

@@ -59,6 +59,10 @@ class ShapeError(SmedjanError):
     """Tensors whose shapes or dtypes an op does not accept."""
 
 
+class Elsewhere(SmedjanError):
+    """What stopped another process of the same run, which reports it: here there is nothing more to say."""
+
+
 def nearest(name: str, known: list[str] | tuple[str, ...] | set[str]) -> str | None:
     """The known name closest to a misspelt one, or None: for `did you mean ...?` remedies."""
     found = get_close_matches(name, sorted(known), n=1, cutoff=0.6)

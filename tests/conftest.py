@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import LlamaConfig as PeerConfig
 from transformers import LlamaForCausalLM
@@ -22,6 +23,12 @@ from smedjan.runtime.select import backend
 from smedjan.runtime.session import Session
 
 PAD, VOCAB = 3, 97
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _token_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Not the cache of whoever runs the tests; commands that they start have it too."""
+    os.environ["SMEDJAN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 def make_peer(*, dtype: str = "float32", attention: str = "sdpa", **changes: Any) -> LlamaForCausalLM:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from smedjan.backends.collective import Collective
+from smedjan.backends.peak import matmul_flops
 from smedjan.checkpoint.raw import RawTensor
-from smedjan.errors import ConfigError
+from smedjan.errors import ConfigError, Elsewhere
 from smedjan.graph.lowering import RuleTable
 from smedjan.graph.node import Graph
 from smedjan.graph.program import Program
@@ -60,6 +63,16 @@ class Backend(ABC):
         """Lowers a finished graph; a backend may fuse it once more and return a compiled subclass."""
         return Program(graph, self.rules)
 
+    def collective(self, *, rank: int, world: int) -> Collective:
+        """The `world` processes of a data-parallel run, of which this is number `rank`."""
+        if rank > 0:
+            raise Elsewhere(f"{self.name} trains in one process")
+        raise ConfigError(
+            f"{self.name} trains in one process, and WORLD_SIZE is {world}",
+            field="backend",
+            remedy="start smedjan itself, without torchrun or accelerate launch",
+        )
+
     def fp8_measure(self, *, field: str) -> Callable[[Array, Array], float]:
         """(x, W) -> |fp8_linear(x, W) - x W^T| / |x W^T|: what products of 8-bit floats cost a layer.
 
@@ -70,6 +83,16 @@ class Backend(ABC):
             field=field,
             remedy="give --backend cuda_triton, or leave it out",
         )
+
+    def peak_flops(self, dtype: str) -> float | None:
+        """FLOP/s that this machine's matrix products of `dtype` reach, measured once in a process; None: unknown."""
+        if dtype not in self._peaks:
+            self._peaks[dtype] = matmul_flops(self, dtype)
+        return self._peaks[dtype]
+
+    @cached_property
+    def _peaks(self) -> dict[str, float]:
+        return {}
 
     def peak_memory(self) -> int:
         """Peak resident or device bytes since `reset_peak_memory`, or of the process where that cannot be reset."""

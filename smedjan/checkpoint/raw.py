@@ -91,6 +91,10 @@ class RawTensor:
         """The tensor of which `parts` are consecutive elements."""
         return cls(dtype=spec.dtype, shape=spec.shape, data=memoryview(b"".join(part.data for part in parts)))
 
+    def drop_pages(self) -> None:
+        """What was read of a mapped file leaves memory."""
+        _drop_pages(self.data)
+
     def parts(self) -> Iterator[RawTensor]:
         """The elements in order, PART at a time, as flat views. What was passed of a mapped file leaves memory."""
         size = PART * ITEMSIZE[self.dtype]

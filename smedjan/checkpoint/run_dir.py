@@ -4,7 +4,7 @@ RUN/checkpoints/step-00000010/       WEIGHTS.safetensors, smedjan/optimizer.safe
 RUN/smedjan/latest.json              {schema, step, path}: the checkpoint to go on from
 
 A checkpoint directory appears under its name by one rename, complete; then the pointer is replaced by another. One
-process writes a run.
+process writes a run, but for the optimizer's state, of which each process of a run writes its share (`shared`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 from smedjan.checkpoint.atomic import new_directory, remove_directory, remove_stale, write_atomic, write_errors
 from smedjan.checkpoint.raw import RawTensor, specs_of
 from smedjan.checkpoint.safetensors import open_file, save_file
+from smedjan.checkpoint.shared import One, Peers, read_state, write_state
 from smedjan.errors import CheckpointError
 from smedjan.models.config import read_json_object
 
@@ -46,7 +47,8 @@ def sha256_of(tensors: Mapping[str, RawTensor]) -> str:
     digest = sha256()
     for name, spec in sorted(specs_of(tensors).items()):
         digest.update(json.dumps([name, spec.dtype, list(spec.shape)]).encode() + b"\n")
-        digest.update(tensors[name].data)
+        for part in tensors[name].parts():
+            digest.update(part.data)
     return digest.hexdigest()
 
 
@@ -72,9 +74,17 @@ def save_checkpoint(
     state: dict[str, Any],
     weights_name: str = "model.safetensors",
     keep: int = 2,
+    peers: Peers | None = None,
     best: int | None = None,
 ) -> Path:
-    """Write a checkpoint, point to it, delete all but the newest `keep` and that of step `best`. `state` is JSON."""
+    """Write a checkpoint, point to it, delete all but the newest `keep` and that of step `best`. `state` is JSON.
+
+    All of `peers` call it, each with its share of the optimizer's tensors, on one file system; process 0 writes the
+    rest. It returns when the checkpoint is whole.
+    """
+    peers = peers or One()
+    if peers.rank > 0:
+        return _write_share(run, optimizer, peers)
     assert keep >= 1, keep
     assert not set(state) & set(_OURS), f"state may not use {_OURS}"
     folder, inner = run / "checkpoints", run / INNER
@@ -94,12 +104,13 @@ def save_checkpoint(
         "step": step,
         "weights_name": weights_name,
         "weights_sha256": sha256_of(weights),
-        "optimizer_sha256": sha256_of(optimizer),
     }
     with new_directory(path) as partial:
         (partial / INNER).mkdir()
+        peers.exchange({"partial": str(partial), "path": str(path)})
         save_file(partial / weights_name, weights)
-        save_file(partial / INNER / "optimizer.safetensors", optimizer)
+        digests = write_state(partial / INNER, optimizer, peers, sha256_of)
+        ours["optimizer_sha256"] = digests[0] if peers.world == 1 else digests
         write_atomic(partial / INNER / "state.json", _json({**ours, **state}))
     pointer = {"schema": SCHEMA, "step": step, "path": f"checkpoints/{path.name}"}
     write_atomic(inner / "latest.json", _json(pointer))
@@ -110,6 +121,27 @@ def save_checkpoint(
         for old in _checkpoints(run):
             if old not in keepers:
                 remove_directory(old)
+    peers.exchange()
+    return path
+
+
+def _write_share(run: Path, optimizer: Mapping[str, RawTensor], peers: Peers) -> Path:
+    """What the other processes do of a checkpoint that process 0 writes."""
+    where, *_ = peers.exchange()
+    partial, path = Path(where["partial"]), Path(where["path"])
+    if not (partial / INNER).is_dir():
+        raise CheckpointError(
+            f"process {peers.rank} does not see what process 0 writes",
+            file=run,
+            remedy="give an --out that all machines share",
+        )
+    try:
+        write_state(partial / INNER, optimizer, peers, sha256_of)
+    except CheckpointError as error:
+        if error.file is not None:
+            error.file = error.file.replace(str(partial), str(path))
+        raise
+    peers.exchange()
     return path
 
 
@@ -159,12 +191,22 @@ def _load(path: Path) -> Checkpoint:
     step, weights_name = state.get("step"), state.get("weights_name")
     if type(step) is not int or not isinstance(weights_name, str) or Path(weights_name).name != weights_name:
         raise CheckpointError("step or weights_name is damaged", file=file, field="step", remedy=_GO_BACK)
-    weights, optimizer = open_file(path / weights_name), open_file(path / INNER / "optimizer.safetensors")
-    for field, tensors, where in (
-        ("weights_sha256", weights, path / weights_name),
-        ("optimizer_sha256", optimizer, path / INNER / "optimizer.safetensors"),
+    weights = open_file(path / weights_name)
+    optimizer, files = read_state(path / INNER)
+    digests = state.get("optimizer_sha256")
+    digests = digests if isinstance(digests, list) else [digests]
+    if len(digests) != len(files):
+        raise CheckpointError(
+            f"{len(files)} files of the optimizer's state, and digests of {len(digests)}",
+            file=file,
+            field="optimizer_sha256",
+            remedy=_GO_BACK,
+        )
+    for field, tensors, where, digest in (
+        ("weights_sha256", weights, path / weights_name, state.get("weights_sha256")),
+        *(("optimizer_sha256", each, where, digest) for (where, each), digest in zip(files, digests, strict=True)),
     ):
-        if sha256_of(tensors) != state.get(field):
+        if sha256_of(tensors) != digest:
             raise CheckpointError(
                 f"the checkpoint is damaged: its bytes do not match {field}", file=where, field=field, remedy=_GO_BACK
             )

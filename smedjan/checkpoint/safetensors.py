@@ -235,7 +235,7 @@ def open_checkpoint(directory: Path) -> LazyTensors:
     if single.is_file():
         return open_file(single)
     if index.is_file():
-        return _open_shards(directory, index)
+        return open_shards(directory, index)
     if not directory.is_dir():
         raise CheckpointError("there is no such directory", file=directory, remedy="check the path")
     shards = sorted(path.name for path in directory.glob("*.safetensors"))
@@ -274,7 +274,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _open_shards(directory: Path, index: Path) -> LazyTensors:
+def open_shards(directory: Path, index: Path) -> LazyTensors:
+    """The tensors of the shards that an index beside them names."""
     weight_map = read_weight_map(index)
     shards: dict[str, LazyTensors] = {}
     for tensor, name in weight_map.items():

@@ -10,6 +10,7 @@ from cyclopts import App, CycloptsError
 from cyclopts.exceptions import MissingArgumentError, UnknownCommandError, UnknownOptionError
 
 import smedjan
+from smedjan.cli.chat import chat
 from smedjan.cli.data import inspect
 from smedjan.cli.doctor_command import doctor
 from smedjan.cli.evaluate import evaluate
@@ -24,7 +25,9 @@ from smedjan.cli.merge import merge
 from smedjan.cli.output import Outcome, envelope
 from smedjan.cli.parity import parity
 from smedjan.cli.report import report
-from smedjan.errors import ConfigError, SmedjanError, nearest
+from smedjan.cli.run_save import save
+from smedjan.errors import ConfigError, Elsewhere, SmedjanError, nearest
+from smedjan.train.processes import first
 
 VERBS: dict[str, Callable[..., Outcome]] = {
     "import": import_model,
@@ -34,8 +37,10 @@ VERBS: dict[str, Callable[..., Outcome]] = {
     "finetune": finetune,
     "merge": merge,
     "generate": generate,
+    "chat": chat,
     "eval": evaluate,
     "data inspect": inspect,
+    "run save": save,
     "info": info,
     "graph": graph,
     "report": report,
@@ -50,10 +55,14 @@ app = App(
     result_action="return_value",
     suppress_keyboard_interrupt=False,
 )
-data = App(name="data", help="Look at rows before they are trained on.", help_format="plaintext")
-app.command(data)
+GROUPS = {
+    "data": App(name="data", help="Look at rows before they are trained on.", help_format="plaintext"),
+    "run": App(name="run", help="Ask something of a run that is running.", help_format="plaintext"),
+}
+for _group in GROUPS.values():
+    app.command(_group)
 for _name, _function in VERBS.items():
-    (data if _name.startswith("data ") else app).command(_function, name=_name.rpartition(" ")[2])
+    GROUPS.get(_name.split()[0], app).command(_function, name=_name.split()[-1])
 
 
 def run(argv: Sequence[str]) -> int:
@@ -66,14 +75,18 @@ def run(argv: Sequence[str]) -> int:
         if not isinstance(outcome, Outcome):
             return 0
         text = envelope(command, outcome.ok, outcome.fields) if in_json else outcome.text
-        if text:
+        if text and first():
             print(text, flush=True)
         return 0 if outcome.ok else 1
     except CycloptsError as problem:
         return _fail(command, usage_error(problem, command), in_json, 2)
+    except Elsewhere:
+        return 2
     except SmedjanError as problem:
         return _fail(command, problem, in_json, 2)
     except KeyboardInterrupt as stop:
+        if not first():
+            return 130
         return _fail(command, SmedjanError(str(stop) or "interrupted"), in_json, 130)
     except BrokenPipeError:
         # The reader of `smedjan graph DIR | head` has gone: the flush at exit must not complain a second time

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    file: Annotated[Path, Parameter(help="rows: jsonl, json, csv, parquet, arrow, or a folder of splits")],
+    file: Annotated[
+        Path, Parameter(help="rows: jsonl, json, csv, parquet, arrow, a folder of splits, or a hub data set")
+    ],
     /,
     *,
     model: Annotated[str, Parameter(help="whose tokenizer and chat template they are for")],
@@ -35,8 +37,9 @@ def inspect(
 
     Example: smedjan data inspect rows.jsonl --model smollm2
     """
-    from smedjan.data.formats import read_rows
+    from smedjan.data.formats import conversion, stream_rows
     from smedjan.data.inspect import inspect_rows
+    from smedjan.hf.dataset_hub import data_path
     from smedjan.hf.load import open_model
     from smedjan.hf.tokenizer import load_tokenizer
     from smedjan.train.config import TrainConfig
@@ -45,14 +48,17 @@ def inspect(
         raise ConfigError(f"is {rows}", field="rows", remedy="give 0 or more")
     files = open_model(model)
     config = TrainConfig(max_length=max_length, loss_on=loss_on, too_long=too_long)
+    tokenizer = load_tokenizer(files.path)
     found = inspect_rows(
-        read_rows(file, split),
-        load_tokenizer(files.path),
+        stream_rows(data_path(file, split, common.note), split, chat=tokenizer.chat_template is not None),
+        tokenizer,
         max_length=config.max_length_for(files.config.max_position_embeddings),
         loss_on=loss_on,
         too_long=too_long,
         samples=rows,
     )
+    if said := conversion(found.converted):
+        common.note(f"{file}: {said}")
     written = None if html is None else _write(html, found, file)
     return Outcome(fields=_fields(found) | {"html": written}, text="\n".join(_lines(found, written)))
 
@@ -71,6 +77,7 @@ def _fields(found: Inspection) -> dict[str, Any]:
     return {
         "rows": {"kept": counts.kept, "truncated": counts.truncated, "dropped": counts.dropped},
         "unstopped": counts.unstopped,
+        "converted": found.converted,
         "tokens": found.tokens,
         "trained_tokens": found.trained_tokens,
         "trained_share": found.trained_share,

@@ -37,7 +37,7 @@ def finetune(
     from smedjan.train.finetune import finetune as run
 
     with _listener(wanted, common) as on_step:
-        made = run(wanted, on_step=on_step)
+        made = run(wanted, on_step=on_step, say=common.note)
     rows = ", ".join(f"{count} {what}" for what, count in made.rows.items())
     text = f"{made.run_dir}: {made.steps} steps on {made.backend}; rows {rows}; weights {made.weights_sha256[:16]}"
     if made.unstopped:

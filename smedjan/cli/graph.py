@@ -20,6 +20,12 @@ def graph(
         bool, Parameter(negative=(), show_default=False, help="which lowering runs each op, in place of the nodes")
     ] = False,
     forward: Annotated[bool, Parameter(negative=(), show_default=False, help="without the gradients")] = False,
+    decode: Annotated[
+        bool, Parameter(negative=(), show_default=False, help="of one new token over a cache of --length places")
+    ] = False,
+    quantize: Annotated[
+        Literal["int8"] | None, Parameter(help="with --decode: linear layers and head in 8 bits")
+    ] = None,
     unfold: Annotated[bool, Parameter(negative=(), show_default=False, help="print every layer")] = False,
     batch_size: Annotated[int, Parameter(help="rows")] = 1,
     length: Annotated[int, Parameter(help="tokens of a row")] = 128,
@@ -39,7 +45,8 @@ def graph(
     ] = None,
     common: Common = COMMON,
 ) -> Outcome:
-    """The graph of a model's training step, as its backend runs it, and what that costs. Nothing is computed.
+    """The graph of a model's training step (with --decode, of a new token), as its backend runs it, and its cost.
+    Nothing is computed.
 
     Example: smedjan graph smollm2 --plan --backend torch_reference
     """
@@ -48,7 +55,7 @@ def graph(
     from smedjan.graph.printer import lines
     from smedjan.hf.load import COMPUTED, open_model
     from smedjan.runtime.select import backend as select_backend
-    from smedjan.train.plan import step_of
+    from smedjan.train.plan import decoding_of, step_of
 
     for name, value in (("batch-size", batch_size), ("length", length)):
         if value < 1:
@@ -57,18 +64,24 @@ def graph(
     chosen = dtype or files.dtype
     if chosen not in COMPUTED:
         raise ConfigError(f"{chosen} is not computed in", field="dtype", remedy=f"give --dtype {' or '.join(COMPUTED)}")
-    programs = step_of(
-        files.config,
-        backend,
-        dtype=chosen,
-        attention=attention,
-        batch=batch_size,
-        length=length,
-        method=None if forward else method,
-        packing=packing,
-        fp8=fp8,
-        memory=None if memory is None else parse_size(memory, "memory"),
-    )
+    if quantize is not None and not decode:
+        raise ConfigError("is for decoding", field="quantize", remedy="give --decode too")
+    if decode:
+        int8 = quantize is not None
+        programs = [decoding_of(files.config, backend, dtype=chosen, length=length, attention=attention, int8=int8)]
+    else:
+        programs = step_of(
+            files.config,
+            backend,
+            dtype=chosen,
+            attention=attention,
+            batch=batch_size,
+            length=length,
+            method=None if forward else method,
+            packing=packing,
+            fp8=fp8,
+            memory=None if memory is None else parse_size(memory, "memory"),
+        )
     program = programs[0]
     ops = [row for each in programs for row in each.lowerings()]
     launches = dict(sum((each.launches() for each in programs), Counter[str]()))
@@ -80,7 +93,7 @@ def graph(
         "plan_hash": program.plan_hash,
         "parameters": sum(spec.numel for spec in specs_of(files.tensors).values()),
         "nodes": sum(len(each.calls) for each in programs),
-        "flops_per_token": sum(each.cost.flops for each in programs) // (batch_size * length),
+        "flops_per_token": sum(each.cost.flops for each in programs) // (1 if decode else batch_size * length),
         "planned_bytes": program.peak_bytes,
         "ops": ops,
         "memory": memory_rows,

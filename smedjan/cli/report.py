@@ -16,23 +16,26 @@ def report(
     /,
     *,
     out: Annotated[Path | None, Parameter(help="file to write (default: report.html in the run directory)")] = None,
+    live: Annotated[
+        bool, Parameter(negative=(), help="write it again while the run goes on; the page reloads itself")
+    ] = False,
     common: Common = COMMON,
 ) -> Outcome:
     """Write the page of a run: one HTML file that needs nothing else.
 
     Example: smedjan report run --out report.html
     """
-    from smedjan.report.html import write_report
-    from smedjan.report.run_dir import from_run
+    from smedjan.report.live import follow
 
     if not run.is_dir():
         raise ConfigError("is no directory", file=run, remedy="give the --out of smedjan finetune")
     target = out or run / "report.html"
-    made = from_run(run)
     try:
-        written = write_report(target, made)
+        for number, _ in enumerate(follow(run, target, live=live)):
+            if live and number == 0:
+                common.note(f"{target}: open it; it is written again until the run ends")
     except OSError as error:
         raise ConfigError(
             f"cannot be written: {error.strerror}", file=target, field="out", remedy="check it"
         ) from error
-    return Outcome(fields={"report": written}, text=str(written))
+    return Outcome(fields={"report": target}, text=str(target))

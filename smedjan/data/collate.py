@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from smedjan.data.mask import Example
+from smedjan.data.example import Example
 
 IGNORE = -100
 """The label of a position that is not trained, as in transformers."""

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from hashlib import sha256
 from math import ceil
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from smedjan.data.collate import Batch, collate
-from smedjan.data.mask import Example
+from smedjan.data.example import Example
 from smedjan.data.pack import pack
+from smedjan.data.tokens import Tokens
 
 Unit = tuple[int, ...]
 """Indices of the examples of one row, in their order within it."""
@@ -27,28 +29,23 @@ class TokenDataset:
     """Examples in file order; at least one, each with at least one trained token."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
-        assert examples, "tokenize_rows never gives no examples"
-        self.examples = tuple(examples)
+        assert len(examples), "tokenize_rows never gives no examples"
+        self.examples = Tokens.of(examples)
 
     def __len__(self) -> int:
         return len(self.examples)
 
     @property
     def tokens(self) -> int:
-        return sum(map(len, self.examples))
+        return int(self.examples.ends[-1])
 
     @property
     def trained_tokens(self) -> int:
-        return sum(example.trained_tokens for example in self.examples)
+        return self.examples.trained_tokens
 
     def fingerprint(self) -> str:
         """sha256 of all tokens and masks, in order: a resumed run compares it, for a cursor into other data is void."""
-        digest = sha256()
-        for example in self.examples:
-            digest.update(len(example).to_bytes(8, "little"))
-            digest.update(example.input_ids.astype("<i4").tobytes())
-            digest.update(example.labels_mask.tobytes())
-        return digest.hexdigest()
+        return self.examples.sha256
 
     def steps(
         self,
@@ -83,9 +80,9 @@ class TokenDataset:
 
     def batches(self, *, batch_size: int, max_length: int, pad_to: int = 1, pad_id: int = 0) -> Iterator[Batch]:
         """Every example once, the longest first, the last batch maybe smaller: for evaluation, which has no order."""
-        order = sorted(self.examples, key=len, reverse=True)
+        order = np.argsort(-self.examples.lengths, kind="stable").tolist()
         for start in range(0, len(order), batch_size):
-            rows = [(example,) for example in order[start : start + batch_size]]
+            rows = [(self.examples[index],) for index in order[start : start + batch_size]]
             yield collate(rows, max_length=max_length, pad_to=pad_to, pad_id=pad_id)
 
 
@@ -93,7 +90,7 @@ class TokenDataset:
 class Steps:
     """The steps of a run, numbered from 0. Made by `TokenDataset.steps`."""
 
-    examples: tuple[Example, ...]
+    examples: Tokens
     seed: int
     batch_size: int
     grad_accum: int
@@ -103,7 +100,7 @@ class Steps:
     pad_id: int
     total: int
     """Steps of the whole run."""
-    _epochs: dict[int, list[Unit]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _epochs: dict[int, _Epoch] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         assert self.seed >= 0, self.seed
@@ -139,17 +136,18 @@ class Steps:
         units = [self._unit(index) for index in range(first, first + self.rows_per_step)]
         return sorted(units, key=self._length, reverse=True)
 
-    def batches_for_step(self, step: int) -> list[Batch]:
-        """The `grad_accum` micro-batches of the step, `batch_size` rows each."""
-        units = self.units_of_step(step)
+    def batches_for_step(self, step: int, processes: int = 1) -> list[Batch]:
+        """The `grad_accum` micro-batches of the step, `batch_size` rows each. Of more processes than that each should
+        have some: the same rows in as many smaller ones."""
+        units, size = self.units_of_step(step), min(self.batch_size, -(-self.rows_per_step // processes))
         return [
             collate(
-                [[self.examples[index] for index in unit] for unit in units[start : start + self.batch_size]],
+                [[self.examples[index] for index in unit] for unit in units[start : start + size]],
                 max_length=self.max_length,
                 pad_to=self.pad_to,
                 pad_id=self.pad_id,
             )
-            for start in range(0, len(units), self.batch_size)
+            for start in range(0, len(units), size)
         ]
 
     def trained_tokens_of_step(self, step: int) -> int:
@@ -157,13 +155,13 @@ class Steps:
         return sum(self.examples[index].trained_tokens for unit in self.units_of_step(step) for index in unit)
 
     def _length(self, unit: Unit) -> int:
-        return sum(len(self.examples[index]) for index in unit)
+        return int(self.examples.lengths[list(unit)].sum())
 
     def _unit(self, index: int) -> Unit:
         epoch, within = divmod(index, self.units_per_epoch)
         return self._epoch(epoch)[within]
 
-    def _epoch(self, epoch: int) -> list[Unit]:
+    def _epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
             # A memo, not a state. Epoch 0 stays, as its length is everyone's; of the others the latest two are enough
             for old in [kept for kept in self._epochs if kept not in (0, epoch - 1)]:
@@ -172,21 +170,40 @@ class Steps:
             assert len(self._epochs[epoch]) == self.units_per_epoch, "packing depends on lengths alone"
         return self._epochs[epoch]
 
-    def _make_epoch(self, epoch: int) -> list[Unit]:
+    def _make_epoch(self, epoch: int) -> _Epoch:
         order, shuffle = _permutations(self.seed, epoch, len(self.examples))
         if not self.packing:
-            return [(index,) for index in order]
-        rows = pack([len(self.examples[index]) for index in order], self.max_length)
+            return _Epoch(members=order, ends=np.arange(1, len(order) + 1))
+        rows = pack(self.examples.lengths[order].tolist(), self.max_length)
         # Packing opens its rows longest document first: shuffle them, and keep each row's documents in drawn order
-        return [tuple(order[place] for place in sorted(rows[row])) for row in shuffle if row < len(rows)]
+        chosen = [sorted(rows[row]) for row in shuffle.tolist() if row < len(rows)]
+        return _Epoch(
+            members=order[np.concatenate([np.array(row) for row in chosen])],
+            ends=np.cumsum([len(row) for row in chosen]),
+        )
 
 
-def _permutations(seed: int, epoch: int, count: int) -> tuple[list[int], list[int]]:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Epoch(Sequence[Unit]):
+    """The units of an epoch, in its order: unit i is members [ends[i - 1], ends[i])."""
+
+    members: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: Any) -> Any:
+        start = self.ends[index - 1] if index else 0
+        return tuple(self.members[start : self.ends[index]].tolist())
+
+
+def _permutations(seed: int, epoch: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Two independent permutations of range(count).
 
     By sorting raw bits of PCG64: numpy promises the stream of a bit generator, but not what `Generator.permutation`
     makes of it, and a run may be resumed under another numpy.
     """
     bits = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
-    first, second = (np.argsort(bits.random_raw(count), kind="stable").tolist() for _ in range(2))
+    first, second = (np.argsort(bits.random_raw(count), kind="stable") for _ in range(2))
     return first, second

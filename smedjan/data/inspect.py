@@ -10,7 +10,7 @@ Refused, since a model trained on it does not do what its owner wants, and nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -79,6 +79,8 @@ class Inspection:
     longest: int
     lengths: Lengths
     samples: tuple[Sample, ...]
+    converted: dict[str, str] | None = None
+    """What the rows were converted from and to, if they were."""
 
     @property
     def trained_share(self) -> float:
@@ -86,7 +88,7 @@ class Inspection:
 
 
 def inspect_rows(
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     tokenizer: Decoder,
     *,
     max_length: int,
@@ -96,40 +98,42 @@ def inspect_rows(
     now: datetime | None = None,
 ) -> Inspection:
     """What `tokenize_rows` would keep of these rows. Raises DataError for what is refused, naming the row."""
-    assert rows, "read_rows never gives no rows"
-    kept: list[Example] = []
-    longest = 0
+    shown: list[Example] = []
+    sizes: list[int] = []
+    row, longest, trained, truncated, dropped, unstopped = None, 0, 0, 0, 0, 0
     for row in rows:
         whole = tokenize_row(row, tokenizer, loss_on=loss_on, now=now)
         check_served(row, tokenizer, now=now)
         longest = max(longest, len(whole))
         example = fit(whole, max_length=max_length, too_long=too_long)
-        if example is not None:
-            kept.append(example)
-    if not kept:
+        if example is None:
+            dropped += 1
+            continue
+        sizes.append(len(example))
+        trained += example.trained_tokens
+        truncated += example.truncated
+        unstopped += not example.truncated and not stops(example, tokenizer)
+        if len(shown) < samples:
+            shown.append(example)
+    assert row is not None, "stream_rows never gives no rows"
+    if not sizes:
         raise DataError(
-            f"no row is left: all {len(rows)} are longer than {max_length} tokens",
-            file=rows[0].file,
+            f"no row is left: all {dropped} are longer than {max_length} tokens",
+            file=row.file,
             remedy="raise --max-length, or use shorter rows",
         )
-    whole_rows = [example for example in kept if not example.truncated]
-    unstopped = sum(not stops(example, tokenizer) for example in whole_rows)
-    if unstopped == len(whole_rows):
+    if unstopped == len(sizes) - truncated:
         raise DataError(
             "no row trains a stop token: a model trained on them would never stop",
-            file=rows[0].file,
+            file=row.file,
             remedy="check eos_token_id in generation_config.json against what the chat template writes, or the length",
         )
-    lengths = np.sort(np.array([len(example) for example in kept]))
+    lengths = np.sort(np.array(sizes))
     return Inspection(
-        counts=Counts(
-            kept=len(kept),
-            truncated=len(kept) - len(whole_rows),
-            dropped=len(rows) - len(kept),
-            unstopped=unstopped,
-        ),
+        counts=Counts(kept=len(sizes), truncated=truncated, dropped=dropped, unstopped=unstopped),
+        converted=row.converted,
         tokens=int(lengths.sum()),
-        trained_tokens=sum(example.trained_tokens for example in kept),
+        trained_tokens=trained,
         longest=longest,
         lengths=Lengths(
             min=int(lengths[0]),
@@ -141,7 +145,7 @@ def inspect_rows(
             Sample(
                 source=str(example.source), truncated=example.truncated, pieces=tuple(pieces(example, tokenizer.decode))
             )
-            for example in kept[:samples]
+            for example in shown
         ),
     )
 

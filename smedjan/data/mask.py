@@ -9,23 +9,27 @@ A token is *trained* when the model is taught to predict it. What is trained, by
 
 Prompt and completion are tokenised apart, so that the boundary is the one that generation will see. A conversation is
 rendered once and tokenised whole, with no added specials: the template writes them. Its assistant turns are the
-template's `{% generation %}` spans or, where it has none, what each turn adds to the rendered conversation before it.
+template's `{% generation %}` spans; those of a marked template that is shipped for it (`training_template`) and renders
+the same; or, where there is none, what each turn adds to the rendered conversation before it.
 The stop token that closes a turn (`<|im_end|>`) is trained; white space that the template writes after it is not, since
 nothing ever generates it.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from smedjan.data.chat_template import Span, marks_generation, render
-from smedjan.data.formats import Message, Row, Source
+from smedjan.data.example import Example
+from smedjan.data.formats import Message, Row
+from smedjan.data.tokens import Tokens, TokenWriter
+from smedjan.data.training_template import training_template
 from smedjan.errors import DataError, TokenizerError
 
 LossOn = Literal["all", "completion", "last"]
@@ -52,27 +56,9 @@ class Tokenizer(Protocol):
     def chat_template(self) -> str | None: ...
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
     def encode_with_offsets(self, text: str, add_special_tokens: bool) -> tuple[list[int], list[tuple[int, int]]]: ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Example:
-    """One document: `input_ids` int32 [T] and `labels_mask` bool [T], true where the token is trained."""
-
-    input_ids: NDArray[np.int32]
-    labels_mask: NDArray[np.bool_]
-    source: Source
-    truncated: bool = False
-
-    def __post_init__(self) -> None:
-        assert self.input_ids.shape == self.labels_mask.shape, "one mask element a token"
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def trained_tokens(self) -> int:
-        """Predictions with a target. Nothing stands before the first token to predict it from, so it never counts."""
-        return int(np.count_nonzero(self.labels_mask[1:]))
+    def fingerprint(self) -> str:
+        """Equal where all that is said here is equal: for the cache of tokens."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +74,11 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenized:
-    examples: tuple[Example, ...]
+    """`converted`: what the rows were converted from and to, if they were."""
+
+    examples: Tokens
     counts: Counts
+    converted: dict[str, str] | None = None
 
 
 def tokenize_rows(
@@ -100,34 +89,36 @@ def tokenize_rows(
     loss_on: LossOn = "completion",
     too_long: TooLong = "error",
     now: datetime | None = None,
+    into: TokenWriter | None = None,
 ) -> Tokenized:
-    """Every row as an Example of at most `max_length` tokens.
+    """Every row as an Example of at most `max_length` tokens. They are written `into` files, or kept in memory.
 
     `too_long` says what happens to a longer row: "error", "truncate" (a prefix of it is kept; a row of which no trained
     token would remain is dropped, never its answer kept alone) or "drop".
     Raises DataError for a row that cannot be masked, and when no row is left.
     """
     assert too_long in get_args(TooLong), too_long
-    examples: list[Example] = []
-    dropped = unstopped = 0
+    writer = TokenWriter(lambda name: io.BytesIO()) if into is None else into
+    kept = truncated = dropped = unstopped = 0
     row = None
     for row in rows:
         example = fit(tokenize_row(row, tokenizer, loss_on=loss_on, now=now), max_length=max_length, too_long=too_long)
         if example is None:
             dropped += 1
             continue
-        examples.append(example)
+        writer.append(example)
+        kept += 1
+        truncated += example.truncated
         unstopped += not example.truncated and not stops(example, tokenizer)
     assert row is not None, "read_rows never gives no rows"
-    if not examples:
+    if not kept:
         raise DataError(
             f"no trained token: all {dropped} rows are longer than {max_length} tokens",
             file=row.file,
             remedy="raise --train.max-length, or use shorter rows",
         )
-    truncated = sum(example.truncated for example in examples)
-    counts = Counts(kept=len(examples), truncated=truncated, dropped=dropped, unstopped=unstopped)
-    return Tokenized(examples=tuple(examples), counts=counts)
+    counts = Counts(kept=kept, truncated=truncated, dropped=dropped, unstopped=unstopped)
+    return Tokenized(examples=writer.tokens(), counts=counts, converted=row.converted)
 
 
 def tokenize_row(
@@ -238,6 +229,8 @@ def _conversation(
         return ids, [True] * len(ids)
     if marks_generation(tokenizer.chat_template):
         spans = conversation.answers_marked(marked)
+    elif (shipped := conversation.with_marks(text)) is not None:
+        spans = shipped
     else:
         spans = conversation.answers_by_prefix(text, last_only=loss_on == "last")
     spans = [span for span in spans if span[0] < span[1]]
@@ -278,6 +271,16 @@ class _Conversation:
             return marked
         _, before = self.render(self.row.messages[: self.row.prompt_messages])
         return marked[len(before) :]
+
+    def with_marks(self, text: str) -> list[Span] | None:
+        """The spans of the marked template that is known for this one, if it renders this very text."""
+        known = training_template(self.template)
+        # A conversation that the assistant begins is refused below
+        if known is None or self.row.messages[0]["role"] == "assistant":
+            return None
+        marking = replace(self, template=known)
+        same, marked = marking.render(self.row.messages)
+        return marking.answers_marked(marked) if same == text else None
 
     def answers_by_prefix(self, text: str, last_only: bool) -> list[Span]:
         """Each assistant turn is what it adds: from the end of the conversation before it, with the generation prompt,

@@ -1,113 +1,205 @@
-"""`eval`: loss and perplexity of the trained tokens, and exact match of greedy answers, with their intervals."""
+"""`eval`: perplexity, choices and generated answers on held-out rows, each with its interval, alone or against another
+model on the same rows."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal, get_args
 
-import numpy as np
-
-from smedjan.data.collate import collate
-from smedjan.data.dataset import TokenDataset
-from smedjan.data.formats import Row, read_rows
-from smedjan.data.mask import Example, tokenize_rows
-from smedjan.evaluate.stats import bootstrap_mean
-from smedjan.generate.loop import generate
+from smedjan.checkpoint.atomic import write_atomic
+from smedjan.data.formats import Row
+from smedjan.errors import ConfigError
+from smedjan.evaluate.rows import Choice, EvalRow, Question, asked, read_eval_rows
+from smedjan.evaluate.score import Progress
+from smedjan.evaluate.stats import Interval, bootstrap_ratio
+from smedjan.evaluate.tasks import Decoding, Measured, choice, generated, generation, likelihood
+from smedjan.hf.dataset_hub import data_path
 from smedjan.hf.load import open_model, open_session, resolve
+from smedjan.hf.peft import CONFIG as ADAPTER_CONFIG
 from smedjan.hf.tokenizer import Tokenizer, load_tokenizer
 from smedjan.runtime.select import backend as select_backend
 from smedjan.runtime.session import Session
-from smedjan.train.evaluation import PAD_TO, evaluate_loss
 
-BATCH = 8
-SPARE = 4
-"""New tokens allowed beyond the expected answer's, so that an answer that runs on is seen to be wrong."""
+Task = Literal["auto", "perplexity", "choice", "generate"]
+HEADLINES = ("exact_match", "accuracy")
+"""The metrics of which `ci95` is the interval of the one that was measured."""
 
-Progress = Callable[[int, int], None]
-"""Called with (rows done, all rows)."""
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """This model's metric minus the other's, on the same rows, and the paired bootstrap's interval of it."""
+
+    difference: float
+    ci95: tuple[float, float]
+    other: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalReport:
-    """nll and perplexity are per trained token; exact_match (with its 95 % interval) where rows have a completion."""
+    """A metric that was not measured is None. nll is per trained token, perplexity exp(nll); the others are shares of
+    rows. `intervals` holds each one's 95 % percentile-bootstrap interval, rows resampled whole, and `ci95` that of
+    exact_match or accuracy. `against` holds differences by metric, where another model was measured too."""
 
     n: int
-    nll: float
-    perplexity: float
-    exact_match: float | None
-    ci95: tuple[float, float] | None
+    task: str
+    nll: float | None = None
+    perplexity: float | None = None
+    exact_match: float | None = None
+    normalised_match: float | None = None
+    contains: float | None = None
+    f1: float | None = None
+    accuracy: float | None = None
+    accuracy_bytes: float | None = None
+    accuracy_tokens: float | None = None
+    ci95: tuple[float, float] | None = None
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     baselines: dict[str, float] = field(default_factory=dict)
+    against: dict[str, Difference] | None = None
     answers: tuple[str, ...] = ()
+    backend: str = ""
+    device: str = ""
+    exact: bool = False
+    plan_hash: str | None = None
 
 
 def evaluate(
     path: str | Path,
     data: str | Path,
     *,
+    task: Task = "auto",
     adapter: str | Path | None = None,
+    against: str | Path | None = None,
     backend: str = "auto",
     limit: int | None = None,
+    decoding: Decoding = Decoding(),  # noqa: B008  (frozen)
+    predictions: str | Path | None = None,
     on_row: Progress | None = None,
 ) -> EvalReport:
-    """The model in `path` on rows of `data` (a folder's test split)."""
+    """The model in `path` on rows of `data` (a folder's test split), and `against`, a model or an adapter on the same
+    base, on the same rows. `predictions` is a file to write, a JSON object a row."""
+    if predictions is not None and not Path(predictions).parent.is_dir():
+        raise ConfigError("its folder is missing", file=predictions, field="predictions", remedy="make the folder")
     base, laid = resolve(path, adapter)
-    files = open_model(base)
-    tokenizer = load_tokenizer(files.path)
-    session = open_session(files, select_backend(backend), adapter=laid)
-    rows = read_rows(data, "test")[:limit]
-    context = files.config.max_position_embeddings
-    tokenized = tokenize_rows(rows, tokenizer, max_length=context)
-    nll = evaluate_loss(session, TokenDataset(tokenized.examples), batch_size=BATCH, max_length=context)
-    answers = greedy_answers(session, tokenizer, rows, on_row=on_row) if all(row.completion for row in rows) else []
-    hits = [float(got.strip() == row.completion.strip()) for got, row in zip(answers, rows, strict=False)]
-    interval = bootstrap_mean(hits, seed=0) if hits else None
+    chat = load_tokenizer(open_model(base, laid).tokenizer_path).chat_template is not None
+    rows = read_eval_rows(data_path(data, "test"), limit=limit, chat=chat)
+    chosen = task_of(rows, task)
+    made, session = _measured(base, laid, rows, chosen, backend, decoding, on_row)
+    hashes, ran = [program.plan_hash for program in session.programs.values()], session.backend
+    del session  # two models are never in memory together
+    seed = decoding.sampling.seed
+    differences = None
+    if against is not None:
+        other = resolve(base, against) if _is_adapter(against) else resolve(against, None)
+        differences = compare(made, _measured(*other, rows, chosen, backend, decoding, on_row)[0], seed=seed)
+    found = {name: bootstrap_ratio(*parts, seed=seed) for name, parts in made.metrics.items()}
+    if predictions is not None:
+        write_atomic(Path(predictions), _lines(rows, made.rows))
+    headline = next((name for name in HEADLINES if name in found), None)
+    nll = found.get("nll")
     return EvalReport(
         n=len(rows),
-        nll=nll,
-        perplexity=math.exp(nll),
-        exact_match=sum(hits) / len(hits) if hits else None,
-        ci95=None if interval is None else (interval.low, interval.high),
-        answers=tuple(answers),
+        task="+".join(chosen),
+        perplexity=None if nll is None else math.exp(nll.estimate),
+        ci95=None if headline is None else _ends(found[headline]),
+        intervals={name: _ends(interval) for name, interval in found.items()}
+        | ({} if nll is None else {"perplexity": (math.exp(nll.low), math.exp(nll.high))}),
+        baselines=made.baselines,
+        against=differences,
+        answers=tuple(row["answer"] for row in made.rows) if "generate" in chosen else (),
+        backend=ran.name,
+        device=ran.device,
+        exact=ran.exact,
+        plan_hash=hashes[-1],
+        **{name: interval.estimate for name, interval in found.items()},
     )
+
+
+def task_of(rows: Sequence[EvalRow], task: Task) -> tuple[str, ...]:
+    """What is measured on the rows, which are of one type. "auto": all that they allow, but for conversations, which
+    are not answered unless asked."""
+    assert task in get_args(Task), task
+    first = rows[0]
+    allowed: tuple[str, ...] = ("perplexity",)
+    if isinstance(first, Choice):
+        allowed = ("choice",)
+    elif isinstance(first, Question):
+        allowed = ("generate",)
+    elif asked(first) is not None:
+        allowed = ("perplexity", "generate")
+    if task == "auto":
+        return ("perplexity",) if isinstance(first, Row) and first.kind == "messages" else allowed
+    if task not in allowed:
+        raise ConfigError(
+            f"{task} needs other rows than {first.source}",
+            field="task",
+            remedy=f"give --task {' or '.join(allowed)}, or rows as docs/cli.md has them for it",
+        )
+    return (task,)
+
+
+def compare(ours: Measured, theirs: Measured, *, seed: int) -> dict[str, Difference]:
+    """By metric. nll is left out where the models do not count the same tokens: it has no common unit then."""
+    made = {}
+    for name, (sums, counts) in ours.metrics.items():
+        other_sums, other_counts = theirs.metrics[name]
+        if counts != other_counts:
+            continue
+        gaps = [one - other for one, other in zip(sums, other_sums, strict=True)]
+        gap = bootstrap_ratio(gaps, counts, seed=seed)
+        other = sum(other_sums) / sum(other_counts)
+        made[name] = Difference(difference=gap.estimate, ci95=_ends(gap), other=other)
+    return made
 
 
 def greedy_answers(
     session: Session, tokenizer: Tokenizer, rows: Sequence[Row], *, on_row: Progress | None = None
 ) -> list[str]:
-    """The greedy continuation of each row's prompt.
-
-    Where the likeliest token at every place of the expected completion, its stop token included, is the expected one,
-    greedy decoding gives the completion: one pass over a batch finds that out. Only the other rows are decoded.
-    """
-    context = session.config.max_position_embeddings
-    examples = tokenize_rows(rows, tokenizer, max_length=context).examples
-    order = sorted(range(len(rows)), key=lambda index: -len(examples[index]))
-    answers: list[str | None] = [None] * len(rows)
-    done = 0
-    for start in range(0, len(order), BATCH):
-        chosen = order[start : start + BATCH]
-        for index, right in zip(chosen, _foretold(session, [examples[i] for i in chosen], context), strict=True):
-            answers[index] = rows[index].completion if right else _decode(session, tokenizer, rows[index])
-            done += 1
-            if on_row is not None:
-                on_row(done, len(rows))
-    return [answer for answer in answers if answer is not None]
+    """The greedy continuation of each row's prompt, a few tokens longer than the completion at most."""
+    return generated(session, tokenizer, rows, Decoding(), on_row=on_row)
 
 
-def _foretold(session: Session, examples: Sequence[Example], context: int) -> list[bool]:
-    """For each example: is every trained token the likeliest one?"""
-    batch = collate([(example,) for example in examples], max_length=context, pad_to=PAD_TO)
-    hit = session.predictions(batch) == batch.labels.reshape(-1)[batch.loss_rows]
-    row_of = batch.loss_rows // batch.input_ids.shape[1]
-    return [bool(np.all(hit[row_of == row])) for row in range(len(examples))]
+def _measured(
+    base: str | Path,
+    adapter: Path | None,
+    rows: Sequence[EvalRow],
+    tasks: Sequence[str],
+    backend: str,
+    decoding: Decoding,
+    on_row: Progress | None,
+) -> tuple[Measured, Session]:
+    files = open_model(base, adapter)
+    tokenizer = load_tokenizer(files.tokenizer_path)
+    session = open_session(files, select_backend(backend), adapter=adapter)
+    made = Measured()
+    if "perplexity" in tasks:
+        likelihood(made, session, tokenizer, [row for row in rows if isinstance(row, Row)], on_row)
+    if "choice" in tasks:
+        choice(made, session, tokenizer, [row for row in rows if isinstance(row, Choice)], on_row)
+    if "generate" in tasks:
+        questions = [row for row in rows if not isinstance(row, Choice)]
+        for row in questions:
+            if asked(row) is None:
+                raise row.source.error("does not end with an answer", "end it with an assistant message")
+        generation(made, session, tokenizer, questions, decoding, on_row)
+    return made, session
 
 
-def _decode(session: Session, tokenizer: Tokenizer, row: Row) -> str:
-    """Token by token, up to a stop token or a few tokens past the expected length."""
-    prompt = tokenizer.encode(row.prompt, add_special_tokens=True)
-    room = len(tokenizer.encode(row.completion, add_special_tokens=False)) + SPARE
-    stop = frozenset((*tokenizer.eos_token_ids, *session.config.eos_token_id))
-    made = [t for t in generate(session, prompt, max_new_tokens=room, stop=stop) if t not in stop]
-    return tokenizer.decode(made)
+def _is_adapter(path: str | Path) -> bool:
+    where = Path(path)
+    return (where / ADAPTER_CONFIG).is_file() and not (where / "config.json").is_file()
+
+
+def _ends(interval: Interval) -> tuple[float, float]:
+    return interval.low, interval.high
+
+
+def _lines(rows: Sequence[EvalRow], outcomes: Sequence[dict[str, Any]]) -> bytes:
+    lines = []
+    for row, outcome in zip(rows, outcomes, strict=True):
+        where = {"file": str(row.source.file), row.source.unit: row.source.line}
+        lines.append(json.dumps({**where, **outcome}, ensure_ascii=False) + "\n")
+    return "".join(lines).encode()

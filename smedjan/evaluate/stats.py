@@ -6,7 +6,7 @@ quantiles of `n` such means. Wilson's interval is the closed form for a share of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
@@ -32,15 +32,7 @@ def bootstrap_mean(values: Sequence[float], *, seed: int = 0, n: int = 10_000, l
     data = np.asarray(values, dtype=np.float64)
     assert data.ndim == 1, f"values must be one row, got shape {data.shape}"
     assert data.size > 0, "no values to take a mean of"
-    assert 0 < level < 1, level
-    generator = np.random.Generator(np.random.PCG64(seed))
-    means = np.empty(n)
-    rows = max(1, _BLOCK // data.size)
-    for start in range(0, n, rows):
-        stop = min(start + rows, n)
-        means[start:stop] = data[generator.integers(0, data.size, size=(stop - start, data.size))].mean(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(estimate=float(data.mean()), low=float(low), high=float(high), level=level)
+    return _bootstrap(lambda rows: data[rows].mean(axis=1), data.size, seed=seed, n=n, level=level)
 
 
 def bootstrap_paired_difference(
@@ -50,6 +42,38 @@ def bootstrap_paired_difference(
     assert len(a) == len(b), f"{len(a)} scores against {len(b)}: a paired difference needs the same items"
     difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
     return bootstrap_mean(difference.tolist(), seed=seed, n=n, level=level)
+
+
+def bootstrap_ratio(
+    sums: Sequence[float], counts: Sequence[float], *, seed: int = 0, n: int = 10_000, level: float = 0.95
+) -> Interval:
+    """sum(sums) / sum(counts) and its interval, items resampled whole: a mean over tokens, of which rows have several.
+
+    sums, counts [N], counts positive. Tokens of a row are not independent, so rows are what is drawn.
+    """
+    top, bottom = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    assert top.shape == bottom.shape, f"{top.shape} sums of {bottom.shape} counts"
+    assert top.size > 0, "nothing to take a ratio of"
+    assert (bottom > 0).all(), "an item that counts for nothing"
+    return _bootstrap(
+        lambda rows: top[rows].sum(axis=1) / bottom[rows].sum(axis=1), top.size, seed=seed, n=n, level=level
+    )
+
+
+def _bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray], size: int, *, seed: int, n: int, level: float
+) -> Interval:
+    """`statistic` maps indices of items [R, N] to R values; the estimate is that of every item once."""
+    assert 0 < level < 1, level
+    generator = np.random.Generator(np.random.PCG64(seed))
+    made = np.empty(n)
+    rows = max(1, _BLOCK // size)
+    for start in range(0, n, rows):
+        stop = min(start + rows, n)
+        made[start:stop] = statistic(generator.integers(0, size, size=(stop - start, size)))
+    low, high = np.quantile(made, [(1 - level) / 2, (1 + level) / 2])
+    estimate = float(statistic(np.arange(size)[None])[0])
+    return Interval(estimate=estimate, low=float(low), high=float(high), level=level)
 
 
 def wilson(successes: int, trials: int, *, level: float = 0.95) -> Interval:

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from smedjan.graph.liveness import check_donations, last_uses, peak_bytes
@@ -81,7 +81,7 @@ class Program:
                 slots[index] = None
         return {name: slots[index] for name, index in self._outputs.items()}
 
-    @property
+    @cached_property
     def cost(self) -> Cost:
         """FLOPs and bytes of one run, summed over the nodes that run."""
         return sum((call.node.op.cost(call.node) for call in self.calls), Cost())

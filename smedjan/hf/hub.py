@@ -15,16 +15,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from smedjan.checkpoint.safetensors import INDEX, SINGLE, read_weight_map
 from smedjan.checkpoint.sizes import format_size, free_bytes, require_space
-from smedjan.errors import CheckpointError, SmedjanError
+from smedjan.errors import CheckpointError, DataError, SmedjanError
 from smedjan.hf.export import ALONG
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
+Kind = Literal["model", "dataset"]
 Say = Callable[[str], None]
 """Told one line for the person who waits."""
 
@@ -38,6 +39,13 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
+def split_id(name: str) -> tuple[str, str | None]:
+    """(org/name, revision)."""
+    found = _HUB_ID.fullmatch(name)
+    assert found is not None, name
+    return found["repo"], found["revision"]
+
+
 def download(name: str, say: Say) -> Path:
     """The snapshot directory of the model `name`, fetched where it is not yet in the cache.
 
@@ -46,23 +54,21 @@ def download(name: str, say: Say) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
-    found = _HUB_ID.fullmatch(name)
-    assert found is not None, name
-    repo, revision = found["repo"], found["revision"]
-    with _one_line(name, repo):
+    repo, revision = split_id(name)
+    with one_line(name, repo):
         try:
-            commit, listed = _listing(repo, revision)
+            commit, listed = listing(repo, revision)
         except (HTTPError, OfflineModeIsEnabled) as cause:
             if getattr(cause, "response", None) is not None:
                 raise
             path = Path(
                 snapshot_download(repo, revision=revision, allow_patterns=["config.json"], local_files_only=True)
             )
-            say(f"{repo}: the hub is not asked ({_reason(cause)}), the copy in the cache is commit {path.name}")
+            say(f"{repo}: the hub is not asked ({reason(cause)}), the copy in the cache is commit {path.name}")
             return path
         cache = Path(constants.HF_HUB_CACHE)
         wanted = [*_small_files(listed), *_weights(name, repo, revision, listed)]
-        fetched = [file for file in wanted if not _is_cached(cache, repo, listed[file])]
+        fetched = [file for file in wanted if not is_cached(cache, repo, listed[file])]
         if fetched:
             need = sum(listed[file].size for file in fetched)
             require_space(cache, need, f"the download of {name}")
@@ -82,14 +88,14 @@ def published_sha256(file: Path) -> str | None:
     return blob.name if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name) else None
 
 
-def _listing(repo: str, revision: str | None) -> tuple[str, dict[str, RepoFile]]:
+def listing(repo: str, revision: str | None, kind: Kind = "model") -> tuple[str, dict[str, RepoFile]]:
     """The commit that `revision` names, and its files."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    commit = HfApi().model_info(repo, revision=revision).sha
+    commit = HfApi().repo_info(repo, repo_type=kind, revision=revision).sha
     assert commit is not None
-    tree = HfApi().list_repo_tree(repo, recursive=True, revision=commit)
+    tree = HfApi().list_repo_tree(repo, recursive=True, revision=commit, repo_type=kind)
     return commit, {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
 
@@ -131,23 +137,24 @@ def _weights(name: str, repo: str, revision: str | None, listed: dict[str, RepoF
     raise CheckpointError(f"holds neither {SINGLE} nor {INDEX}", file=name, remedy=remedy)
 
 
-def _is_cached(cache: Path, repo: str, entry: RepoFile) -> bool:
+def is_cached(cache: Path, repo: str, entry: RepoFile, kind: Kind = "model") -> bool:
     from huggingface_hub.file_download import repo_folder_name
 
     etag = entry.blob_id if entry.lfs is None else entry.lfs.sha256
-    return (cache / repo_folder_name(repo_id=repo, repo_type="model") / "blobs" / etag).exists()
+    return (cache / repo_folder_name(repo_id=repo, repo_type=kind) / "blobs" / etag).exists()
 
 
 @contextmanager
-def _one_line(name: str, repo: str) -> Iterator[None]:
+def one_line(name: str, repo: str, kind: Kind = "model") -> Iterator[None]:
     """What huggingface_hub raises, as one line with the remedy."""
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
-    def error(message: str, remedy: str, field: str | None = None) -> CheckpointError:
-        return CheckpointError(message, file=name, field=field, remedy=remedy)
+    def error(message: str, remedy: str, field: str | None = None) -> SmedjanError:
+        return (CheckpointError if kind == "model" else DataError)(message, file=name, field=field, remedy=remedy)
 
-    page = f"{constants.ENDPOINT}/{repo}"
+    called = "model" if kind == "model" else "data set"
+    page = f"{constants.ENDPOINT}/{repo if kind == 'model' else f'datasets/{repo}'}"
     log_in = "run hf auth login, or set HF_TOKEN"
     try:
         yield
@@ -159,35 +166,35 @@ def _one_line(name: str, repo: str) -> Iterator[None]:
         ) from cause
     except hub.RepositoryNotFoundError as cause:
         raise error(
-            "the hub has no such model, or it is private", f"check the name; if it is private, {log_in}"
+            f"the hub has no such {called}, or it is private", f"check the name; if it is private, {log_in}"
         ) from cause
     except hub.RevisionNotFoundError as cause:
         raise error(
-            "the model has no such branch, tag or commit", f"see {page}/tree/main for those it has", "revision"
+            f"the {called} has no such branch, tag or commit", f"see {page}/tree/main for those it has", "revision"
         ) from cause
     except hub.LocalEntryNotFoundError as cause:
         raise error(
-            f"is not in the cache, and the hub is not reached: {_reason(cause)}",
-            "check the connection and HF_HUB_OFFLINE, or give a directory",
+            f"is not in the cache, and the hub is not reached: {reason(cause)}",
+            f"check the connection and HF_HUB_OFFLINE, or give a {'directory' if kind == 'model' else 'file'}",
         ) from cause
     except hub.HfHubHTTPError as cause:
-        raise error(f"the hub refuses: {_reason(cause)}", f"see {page}, and try again") from cause
+        raise error(f"the hub refuses: {reason(cause)}", f"see {page}, and try again") from cause
     except hub.HTTPError as cause:
         raise error(
-            f"the connection to the hub broke: {_reason(cause)}", "try again: files that are complete are kept"
+            f"the connection to the hub broke: {reason(cause)}", "try again: files that are complete are kept"
         ) from cause
     except hub.HFValidationError as cause:
-        raise error(f"is no name of a model: {_reason(cause)}", "give org/name or org/name@revision") from cause
+        raise error(f"is no name of a {called}: {reason(cause)}", "give org/name or org/name@revision") from cause
     # hf_xet, which fetches large files in Rust, has no error class but RuntimeError.
     except (OSError, RuntimeError) as cause:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             raise error(
                 f"the disk is full: {constants.HF_HUB_CACHE}", "free some space, or set HF_HOME to another disk"
             ) from cause
-        raise error(f"cannot be downloaded: {_reason(cause)}", "try again: files that are complete are kept") from cause
+        raise error(f"cannot be downloaded: {reason(cause)}", "try again: files that are complete are kept") from cause
 
 
-def _reason(cause: BaseException) -> str:
+def reason(cause: BaseException) -> str:
     """The first line of the innermost error: the outer ones are huggingface_hub's paragraphs of advice."""
     while cause.__cause__ is not None:
         cause = cause.__cause__

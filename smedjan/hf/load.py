@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from smedjan.backends.base import Backend
+from smedjan.checkpoint import int8 as eight
 from smedjan.checkpoint import nf4
 from smedjan.checkpoint.dtype import convert
 from smedjan.checkpoint.raw import RawTensor, specs_of
@@ -15,6 +17,7 @@ from smedjan.errors import CheckpointError, ConfigError
 from smedjan.hf.import_model import match_tensors, read_source
 from smedjan.hf.peft import CONFIG as ADAPTER_CONFIG
 from smedjan.hf.peft import read_adapter
+from smedjan.hf.whole_modules import laid_over, replaced, saved_names
 from smedjan.models.config import read_json_object
 from smedjan.models.decoder_config import DecoderConfig
 from smedjan.models.registry import read_config
@@ -25,24 +28,58 @@ COMPUTED = ("float32", "bfloat16")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFiles:
-    """What a directory holds: `data` is its config.json as read, `tensors` are mapped, in HF's parameter order."""
+    """What a directory holds: `data` is its config.json as read, `tensors` are mapped, in HF's parameter order.
+
+    `tokenizer_path` is where its tokenizer is: an adapter with more tokens than its base brings one.
+    """
 
     path: Path
     data: dict[str, Any]
     config: DecoderConfig
     tensors: Mapping[str, RawTensor]
     dtype: str
+    own_tokenizer: Path | None = None
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.own_tokenizer or self.path
 
 
-def open_model(path: str | Path) -> ModelFiles:
-    """Reads and checks a model directory (or hub id, or .gguf file) without loading its weights."""
+def open_model(path: str | Path, adapter: Path | None = None) -> ModelFiles:
+    """Reads and checks a model directory (or hub id, or .gguf file) without loading its weights. Embeddings and heads
+    that `adapter` holds whole are laid over its own."""
     read = read_source(path, ())
     config = read_config(read.config, read.file)
     tensors, _ignored = match_tensors(read, config)
     dtypes = {spec.dtype for spec in specs_of(tensors).values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     folder = read.files_from or read.file.parent
-    return ModelFiles(path=folder, data=read.config, config=config, tensors=tensors, dtype=dtype)
+    files = ModelFiles(path=folder, data=read.config, config=config, tensors=tensors, dtype=dtype)
+    return files if adapter is None else with_adapter(files, adapter)
+
+
+def with_adapter(files: ModelFiles, adapter: Path) -> ModelFiles:
+    """The model under the whole modules of an adapter; the same model where it has none."""
+    if not saved_names(adapter)[0]:
+        return files
+    held = read_adapter(adapter)[1]
+    data, made = laid_over(files.data, files.config, files.tensors, adapter, held)
+    own = adapter if (adapter / "tokenizer.json").is_file() else files.own_tokenizer
+    return replace(changed(files, data, made), own_tokenizer=own)
+
+
+def changed(files: ModelFiles, data: dict[str, Any], tensors: Mapping[str, RawTensor]) -> ModelFiles:
+    """The model of another config.json, with some tensors in the place of, or beside, its own."""
+    config = read_config(data, files.path / "config.json")
+    everything = replaced(files.tensors, tensors, files.path)
+    for name, shape in config.parameter_shapes().items():
+        if everything.entries[name].spec.shape != shape:
+            raise CheckpointError(
+                f"has shape {list(everything.entries[name].spec.shape)}, not {list(shape)}",
+                field=name,
+                remedy="give the model that this adapter was trained on",
+            )
+    return replace(files, data=data, config=config, tensors=everything)
 
 
 def resolve(path: str | Path, adapter: str | Path | None) -> tuple[str | Path, Path | None]:
@@ -69,10 +106,12 @@ def open_session(
     attention: str = "sdpa",
     adapter: Path | None = None,
     quantized: bool = False,
+    int8: bool = False,
 ) -> Session:
     """Weights on the backend. `adapter` is a directory in PEFT's layout, laid beside the frozen weights.
 
-    With `quantized`, the linear weights of the blocks become NF4, from their values in `dtype`, one at a time.
+    With `quantized`, the linear weights of the blocks become NF4, from their values in `dtype`, one at a time. With
+    `int8`, they and the head become 8-bit codes, from their values as stored.
     """
     chosen = dtype or files.dtype
     if chosen not in COMPUTED:
@@ -82,13 +121,25 @@ def open_session(
             field="dtype",
             remedy=f"give --dtype {' or '.join(COMPUTED)}",
         )
+    if adapter is not None:
+        files = with_adapter(files, adapter)
     narrow = files.config.linear_weights() if quantized else ()
+    codes = files.config.eight_bit_weights() if int8 else ()
+    if int8 and adapter is not None:
+        raise ConfigError("goes with no adapter", field="quantize", remedy="merge it into a model first: smedjan merge")
     parameters = {}
+    squares = missed = 0.0
     for name, tensor in files.tensors.items():
+        if name in codes:
+            parts, size, off = eight.quantize(tensor)
+            squares, missed = squares + size, missed + off
+            parameters.update({f"{name}.{suffix}": backend.from_raw(raw) for suffix, raw in parts.items()})
+            continue
         made = {name: convert(tensor, chosen)}
         if name in narrow:
             made = {f"{name}.{suffix}": part for suffix, part in nf4.quantize(made[name]).items()}
         parameters.update({key: backend.from_raw(raw) for key, raw in made.items()})
+        tensor.drop_pages()  # the backend has its own copy
     lora = None
     if adapter is not None:
         lora, tensors = read_adapter(adapter)
@@ -104,4 +155,8 @@ def open_session(
                     remedy="give the model that this adapter was trained on",
                 )
         parameters.update({name: backend.from_raw(convert(tensors[name], "float32")) for name in expected})
-    return Session(backend, files.config, parameters, chosen, attention=attention, lora=lora, quantized=narrow)
+    session = Session(
+        backend, files.config, parameters, chosen, attention=attention, lora=lora, quantized=narrow, int8=codes
+    )
+    session.quantization_error = sqrt(missed / squares) if squares else 0.0
+    return session

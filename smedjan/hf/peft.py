@@ -16,14 +16,30 @@ from smedjan.checkpoint.dtype import convert, to_float32
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.checkpoint.safetensors import open_file, save_file
 from smedjan.errors import CheckpointError, ConfigError
+from smedjan.hf.whole_modules import CONFIG, PREFIX
 from smedjan.passes.lora import Lora, a_name, b_name
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 
 
-def write_adapter(directory: Path, lora: Lora, tensors: Mapping[str, RawTensor], *, base: str) -> None:
-    """`adapter_model.safetensors`, then `adapter_config.json`: where the config is, the adapter is whole."""
-    save_file(directory / WEIGHTS, tensors, {"format": "pt"})
+def write_adapter(
+    directory: Path,
+    lora: Lora,
+    tensors: Mapping[str, RawTensor],
+    *,
+    base: str,
+    tied: Mapping[str, str] | None = None,
+) -> None:
+    """`adapter_model.safetensors`, then `adapter_config.json`: where the config is, the adapter is whole.
+
+    Tensors under the model's own names are modules held whole (`whole_modules`). `tied` are second names of some
+    (`DecoderConfig.tied`): PEFT ties them again, and wants them in the file.
+    """
+    whole = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
+    stored = {name if name.startswith(PREFIX) else PREFIX + name: tensor for name, tensor in tensors.items()}
+    again = {PREFIX + second: whole[name] for second, name in (tied or {}).items() if name in whole}
+    stored |= again
+    save_file(directory / WEIGHTS, stored, {"format": "pt"})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -41,6 +57,8 @@ def write_adapter(directory: Path, lora: Lora, tensors: Mapping[str, RawTensor],
         "alpha_pattern": dict(lora.alphas),
         "use_dora": False,
         "layers_to_transform": None if lora.layers is None else list(lora.layers),
+        "modules_to_save": [name.removesuffix(".weight").rpartition(".")[2] for name in whole] or None,
+        "ensure_weight_tying": bool(again),
     }
     write_atomic(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
@@ -51,7 +69,6 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False, True),
     "use_rslora": (False, True),
     "use_dora": (False,),
-    "modules_to_save": (None, []),
     "exclude_modules": (None, []),
     "trainable_token_indices": (None, []),
 }
@@ -61,7 +78,8 @@ NAME = re.compile(r"[\w.]+")
 
 
 def read_adapter(directory: Path) -> tuple[Lora, Mapping[str, RawTensor]]:
-    """The adapter in a PEFT directory. What plain LoRA does not cover is an error, never ignored."""
+    """The adapter in a PEFT directory. What plain LoRA does not cover is an error, never ignored; of modules held whole
+    (`modules_to_save`), only the tensors are here: `hf.load.with_adapter` lays them over the model."""
     file = directory / CONFIG
     try:
         config = json.loads(file.read_text())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,11 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def fingerprint(self) -> str:
+        """sha256 of all that decides ids and rendered text, the library's version too."""
+        names = (self.bos_token, self.eos_token, self.eos_token_ids, self.chat_template)
+        return sha256(json.dumps([tokenizers.__version__, self.backend.to_str(), *names]).encode()).hexdigest()
 
     def token_to_id(self, token: str) -> int | None:
         return self.backend.token_to_id(token)

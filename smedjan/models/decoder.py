@@ -30,6 +30,7 @@ from smedjan.ops.glu import glu
 from smedjan.ops.linear import conv1d, linear
 from smedjan.ops.loss import linear_cross_entropy, shape_logits
 from smedjan.ops.norm import layer_norm, rms_norm
+from smedjan.ops.random import noised
 from smedjan.ops.rope import RopeConfig, rope, rope_tables
 from smedjan.ops.shape import concat, slice_last, split
 
@@ -67,11 +68,14 @@ class Decoder:
 
     `early` chooses the form's rows behind the last attention, since what follows takes each row by itself; without it
     they are chosen before the last norm. Dropout needs that: its masks count the elements of all rows.
+
+    `neftune` is the alpha of noise on the embeddings (`noised`), for training; 0: none.
     """
 
     config: DecoderConfig
     form: Form
     early: bool = True
+    neftune: float = 0.0
     graph: Graph = field(default_factory=Graph)
 
     def __post_init__(self) -> None:
@@ -87,10 +91,7 @@ class Decoder:
         form, graph, config = self.form, self.graph, self.config
         input_ids = graph.input("input_ids", (form.batch, form.seq), "int64")
         position_ids = graph.input("position_ids", (form.positions, form.seq), "int64")
-        x = embedding(input_ids, self.parameters[config.embedding], padding_idx=config.padding_idx)
-        factor = config.embedding_factor(form.dtype)
-        if factor != 1.0:
-            x = scale(x, factor=factor)
+        x = self._embedded(input_ids)
         if config.names.positions is not None:
             x = add(x, embedding(position_ids, self.parameters[f"{config.names.positions}.weight"]))
         self._declare_masks(input_ids)
@@ -107,6 +108,20 @@ class Decoder:
             x = self._chosen(x, chosen)
         with graph.scope("norm"):
             return self._norm(x, config.names.norm)
+
+    def _embedded(self, input_ids: Tensor) -> Tensor:
+        """Noise comes behind the embedding module of transformers: Gemma's has its factor within, Granite's has not."""
+        config = self.config
+        x = embedding(input_ids, self.parameters[config.embedding], padding_idx=config.padding_idx)
+        factor = config.embedding_factor(self.form.dtype)
+        within = config.round_embedding_scale
+        if factor != 1.0 and within:
+            x = scale(x, factor=factor)
+        if self.neftune:
+            x = noised(x, self.graph.input("dropout_key", (4,), "int64"), alpha=self.neftune)
+        if factor != 1.0 and not within:
+            x = scale(x, factor=factor)
+        return x
 
     def _tables(self, position_ids: Tensor) -> Tables:
         config = self.config
@@ -304,8 +319,9 @@ class Decoder:
         with self.graph.scope("lm_head"):
             return shape_logits(linear(hidden, self.parameters[self.config.head]), **self._shaping())
 
-    def loss(self, grads: str) -> Tensor:
-        """Mean cross-entropy over the step's trained tokens, float32. `grads` as in `linear_cross_entropy`."""
+    def loss(self, grads: str, **terms: float) -> Tensor:
+        """Mean cross-entropy over the step's trained tokens, float32. `grads` and `terms` (z_loss, smoothing) as in
+        `linear_cross_entropy`."""
         form, graph = self.form, self.graph
         hidden = self.hidden()
         rows = form.rows or form.batch * form.seq
@@ -313,4 +329,4 @@ class Decoder:
         num_items = graph.input("num_items", (), "float32")
         head = self.parameters[self.config.head]
         with graph.scope("lm_head"):
-            return linear_cross_entropy(hidden, head, labels, num_items, grads=grads, **self._shaping())
+            return linear_cross_entropy(hidden, head, labels, num_items, grads=grads, **self._shaping(), **terms)

@@ -172,6 +172,13 @@ class DecoderConfig:
             f"{self.names.module(layer, role)}.weight" for layer in range(self.num_hidden_layers) for role in roles
         )
 
+    def eight_bit_weights(self) -> tuple[str, ...]:
+        """The weights that inference in 8 bits codes: the blocks' linear layers and the head, a tied embedding with it.
+
+        GPT-2's layers lie transposed, and so would have a scale an input: they stay.
+        """
+        return (*(() if self.conv1d else self.linear_weights()), self.head)
+
     def tied(self) -> dict[str, str]:
         """Names that are another parameter under a second name: {name: parameter}."""
         return {f"{self.names.head}.weight": self.embedding} if self.tie_word_embeddings else {}

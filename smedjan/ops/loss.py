@@ -51,6 +51,27 @@ def nll_loss_bwd(dy: Tensor, log_probs: Tensor, labels: Tensor) -> Spec:
 
 
 @op
+def smooth_loss(log_probs: Tensor, labels: Tensor) -> Spec:
+    """loss = -sum over rows whose label is not -100 of the row's sum of log_probs       log_probs [N, V], labels [N]
+
+    Over V: the cross-entropy of a uniform target, label smoothing's other term (Szegedy et al. 2016, section 7).
+    """
+    require(log_probs.shape[:1] == labels.shape, f"smooth_loss: {log_probs.shape} and labels {labels.shape}")
+    return Spec((), log_probs.dtype)
+
+
+@smooth_loss.vjp
+def _(dys, ins, outs, needs, acc):
+    return smooth_loss_bwd(dys[0], *ins), None
+
+
+@op
+def smooth_loss_bwd(dy: Tensor, log_probs: Tensor, labels: Tensor) -> Spec:
+    """dx[i, :] = -dy where labels[i] is not -100, else 0"""
+    return log_probs.like()
+
+
+@op
 def pick(x: Tensor, labels: Tensor) -> Spec:
     """y[i] = x[i, labels[i]], 0 where the label is -100       x [N, V], labels [N] -> y [N]"""
     require(x.ndim == 2 and x.shape[:1] == labels.shape, f"pick: {x.shape} and labels {labels.shape}")
@@ -136,24 +157,31 @@ def linear_cross_entropy(
     divisor: float = 1.0,
     cap: float = 0.0,
     z_loss: float = 0.0,
+    smoothing: float = 0.0,
 ) -> tuple[Spec, Spec, Spec]:
-    """loss = sum over trained rows of (lse - z[label] + z_loss lse^2) / num_items,  z = shape_logits(W x),
-    lse = log sum exp(z)
+    """loss = sum over trained rows of (lse - (1 - e) z[label] - e mean(z) + z_loss lse^2) / num_items,
+    z = shape_logits(W x), lse = log sum exp(z), e = smoothing
 
     x [N, D] or [B, T, D], weight [V, D], labels [N], num_items float32 scalar -> loss float32. Logits are made in x's
     dtype, the softmax in float32. A fused lowering never holds all logits: it makes the gradients that `grads` names
     ("x", "w") chunk by chunk in the forward, for a cotangent of one, and saves them (Hsu et al. 2024, section 3.2).
-    The term in lse^2 keeps softmax's normaliser near one (Chowdhery et al. 2022, section 5).
+    The term in lse^2 keeps softmax's normaliser near one (Chowdhery et al. 2022, section 5). The target of label
+    smoothing is 1 - e at the label and e / V everywhere (torch.nn.functional.cross_entropy's label_smoothing).
     """
     require(weight.shape[1] == x.shape[-1], f"linear_cross_entropy: weight {weight.shape} for x {x.shape}")
+    require(0.0 <= smoothing < 1.0, f"linear_cross_entropy: smoothing {smoothing}")
     return (Spec((), "float32"), *_saved(x, weight, grads))
 
 
 @linear_cross_entropy.decompose
-def _(x, weight, labels, num_items, *, grads, z_loss, **shaping):
+def _(x, weight, labels, num_items, *, grads, z_loss, smoothing, **shaping):
     flat = _logits(x, weight, labels.numel, **shaping)
     log_probs = log_softmax(flat)
     total = nll_loss(log_probs, labels)
+    if smoothing:
+        # In the order of ATen's cross_entropy_loss_label_smoothing, whose bits these are.
+        spread = smooth_loss(log_probs, labels)
+        total = add(scale(total, factor=1.0 - smoothing), scale(spread, factor=smoothing / flat.shape[1]))
     if z_loss:
         # lse = z[v] - log p[v] of any v: the label's serves, and is 0 - 0 where the row is not trained.
         lse = sub(pick(flat, labels), pick(log_probs, labels))

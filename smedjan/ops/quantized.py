@@ -10,6 +10,7 @@ from math import prod
 
 from smedjan.graph.op import op, require
 from smedjan.graph.tensor import Spec, Tensor
+from smedjan.ops.embedding import embedding
 from smedjan.ops.linear import bias_grad, linear, linear_dx
 
 BLOCK = 64
@@ -122,3 +123,15 @@ def _(dys, ins, outs, needs, acc):
     x, codes, scale, _bias = ins
     dx = linear_dx(dys[0], int8_dequantize(codes, scale, dtype=x.dtype)) if needs[0] else None
     return dx, None, None, bias_grad(dys[0]) if needs[3] else None
+
+
+@op
+def int8_embedding(input_ids: Tensor, codes: Tensor, scale: Tensor, *, dtype: str) -> Spec:
+    """y = w[input_ids]       input_ids [B, T], w [V, D] as `int8_dequantize` gives it -> y [B, T, D] in `dtype`"""
+    require(codes.dtype == "int8" and scale.spec == Spec(codes.shape[:1], "float32"), f"int8: {codes}, scale {scale}")
+    return Spec((*input_ids.shape, codes.shape[1]), dtype)
+
+
+@int8_embedding.decompose
+def _(input_ids, codes, scale, *, dtype):
+    return embedding(input_ids, int8_dequantize(codes, scale, dtype=dtype))

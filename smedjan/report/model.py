@@ -6,6 +6,7 @@ Shares are between 0 and 1, an interval is (low, high) at 95 %, memory is in byt
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 Interval95 = tuple[float, float]
 
@@ -22,12 +23,53 @@ class Step:
     trained_tokens: int | None = None
     tokens_per_s: float | None = None
     peak_bytes: int | None = None
+    mfu: float | None = None
+    eta_s: float | None = None
+    skipped: int | None = None
+    """Steps so far that changed nothing, since their gradient was not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalPoint:
     step: int
     loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """Of a run's header, what its health is judged by. `baseline_bytes` is the memory taken before the model."""
+
+    total_steps: int
+    clip: float
+    kept: int
+    unstopped: int
+    trained_share: float
+    planned_bytes: int | None
+    baseline_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """What the model made of a prompt at `step`, while it was trained."""
+
+    step: int
+    prompt: str
+    text: str
+
+
+Verdict = Literal["good", "watch", "bad", "early"]
+"""`early`: too few steps to say, or too little to measure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One sign of a run's health."""
+
+    name: str
+    value: str
+    verdict: Verdict
+    healthy: str
+    red_flag: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +196,8 @@ class RunReport:
     versions: tuple[tuple[str, str], ...] = ()
     steps: tuple[Step, ...] = ()
     evals: tuple[EvalPoint, ...] = ()
+    header: Header | None = None
+    words: tuple[Words, ...] = ()
     bench: Bench | None = None
     evaluation: Evaluation | None = None
     parity: Parity | None = None

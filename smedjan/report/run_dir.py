@@ -3,7 +3,9 @@
 Read from `RUN/smedjan/`, each as `--json` prints it:
 
     log.jsonl     one object a step {"step", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "tokens_per_s",
-                  "peak_bytes"}, one an evaluation {"step", "eval_loss"}; a row may hold both. Needed, the rest is not.
+                  "peak_bytes", "mfu", "eta_s"}, one an evaluation {"step", "eval_loss"}; a row may hold both. Needed,
+                  the rest is not. Before them {"step", "header"{}}, the last of which holds; with them
+                  {"step", "samples"[{"prompt", "text"}]}
     run.json      {"title", "subtitle", "notes"[], "versions"{}, "backend", "device", "exact", "plan_hash",
                   "weights_sha256", "rows"{}, "trained_share", "config"{flags of finetune, nested}}
     eval.json     {"n", "nll", "perplexity", "exact_match", "ci95"[2], "name", "baselines"[{"name", "exact_match",
@@ -19,7 +21,7 @@ Read from `RUN/smedjan/`, each as `--json` prints it:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import nan
 from os import PathLike
 from pathlib import Path
@@ -31,6 +33,7 @@ from smedjan.report.model import (
     Difference,
     EvalPoint,
     Evaluation,
+    Header,
     Lowering,
     Parity,
     ParityCase,
@@ -39,26 +42,36 @@ from smedjan.report.model import (
     Sample,
     Score,
     Step,
+    Words,
 )
 
 
-def from_run(run_dir: str | PathLike[str]) -> RunReport:
-    """The report of a run directory. What is absent is left out; what is there and malformed is an error."""
+def from_run(run_dir: str | PathLike[str], *, live: bool = False) -> RunReport:
+    """The report of a run directory. What is absent is left out; what is there and malformed is an error. A `live` run
+    may be writing its last line."""
     run = Path(run_dir)
     folder = run / "smedjan"
-    steps, evals, cut = _log(folder / "log.jsonl")
+    rows = list(_lines(folder / "log.jsonl"))
+    cut = None in rows
+    logged = [row for row in rows if row is not None]
+    steps, evals, words = _log(logged)
+    head = next((found for row in reversed(logged) if (found := row.child("header"))), None)
     about = _read(folder / "run.json")
     evaluation, bench, parity, plan = (_read(folder / f"{name}.json") for name in ("eval", "bench", "parity", "plan"))
     notes = about.texts("notes") if about else ()
-    if cut:
+    if cut and not live:
         notes = (*notes, "The last line of the log is cut off: the run was stopped while writing it.")
     return RunReport(
         title=(about.text("title", "") if about else "") or run.resolve().name,
         subtitle=about.text("subtitle", "") if about else "",
-        facts=_facts(about, plan, steps),
-        versions=tuple((name, value) for name, value in about.flat("versions")) if about else (),
+        facts=_facts(about, plan, head, steps),
+        versions=next(
+            (tuple(source.flat("versions")) for source in (about, head) if source and source.has("versions")), ()
+        ),
         steps=steps,
         evals=evals,
+        header=_header(head) if head else None,
+        words=words,
         bench=_bench(bench) if bench else None,
         evaluation=_evaluation(evaluation) if evaluation else None,
         parity=_parity(parity) if parity else None,
@@ -67,18 +80,17 @@ def from_run(run_dir: str | PathLike[str]) -> RunReport:
     )
 
 
-def _log(path: Path) -> tuple[tuple[Step, ...], tuple[EvalPoint, ...], bool]:
+def _log(rows: Sequence[Fields]) -> tuple[tuple[Step, ...], tuple[EvalPoint, ...], tuple[Words, ...]]:
     """Steps and evaluations in order. A run that was resumed logs some steps twice: the later row is what happened."""
     steps: dict[int, Step] = {}
     evals: dict[int, EvalPoint] = {}
-    cut = False
-    for row in _lines(path):
-        if row is None:
-            cut = True
-            continue
-        if not ("loss" in row.data or "eval_loss" in row.data):
+    words: dict[tuple[int, int], Words] = {}
+    for row in rows:
+        if not ("loss" in row.data or "eval_loss" in row.data or row.has("samples")):
             continue
         step = row.integer("step")
+        for number, sample in enumerate(row.rows("samples")):
+            words[step, number] = Words(step=step, prompt=sample.text("prompt"), text=sample.text("text"))
         if "loss" in row.data:
             steps[step] = Step(
                 step=step,
@@ -89,11 +101,28 @@ def _log(path: Path) -> tuple[tuple[Step, ...], tuple[EvalPoint, ...], bool]:
                 trained_tokens=row.integer_or_none("trained_tokens"),
                 tokens_per_s=row.number_or_none("tokens_per_s"),
                 peak_bytes=row.integer_or_none("peak_bytes"),
+                mfu=row.number_or_none("mfu"),
+                eta_s=row.number_or_none("eta_s"),
+                skipped=row.integer_or_none("skipped"),
             )
         if "eval_loss" in row.data:
             evals[step] = EvalPoint(step=step, loss=_number(row, "eval_loss"))
     ordered = tuple(steps[step] for step in sorted(steps))
-    return ordered, tuple(evals[step] for step in sorted(evals)), cut
+    return ordered, tuple(evals[step] for step in sorted(evals)), tuple(words[key] for key in sorted(words))
+
+
+def _header(head: Fields) -> Header:
+    """A part that an older or a newer version does not write counts as nothing."""
+    rows, steps, optim, memory = (head.child(name) for name in ("rows", "steps", "optim", "memory"))
+    return Header(
+        total_steps=(steps and steps.integer_or_none("total")) or 0,
+        clip=(optim and optim.number_or_none("clip")) or 0.0,
+        kept=(rows and rows.integer_or_none("kept")) or 0,
+        unstopped=(rows and rows.integer_or_none("unstopped")) or 0,
+        trained_share=rows.share("trained_share") if rows and rows.has("trained_share") else 0.0,
+        planned_bytes=memory.integer_or_none("planned_bytes") if memory else None,
+        baseline_bytes=(memory and memory.integer_or_none("baseline_bytes")) or 0,
+    )
 
 
 def _number(row: Fields, key: str) -> float:
@@ -135,11 +164,17 @@ def _read(path: Path) -> Fields | None:
         raise DataError(str(error), file=path, remedy="write it again, or delete it to leave it out") from error
 
 
-def _facts(about: Fields | None, plan: Fields | None, steps: tuple[Step, ...]) -> tuple[tuple[str, str], ...]:
-    """Name and value of everything that identifies the run: its flags, then what came of them."""
+def _facts(
+    about: Fields | None, plan: Fields | None, head: Fields | None, steps: tuple[Step, ...]
+) -> tuple[tuple[str, str], ...]:
+    """Name and value of everything that identifies the run: its flags, or its header, then what came of them."""
     facts = [(name, value) for name, value in about.flat("config") if value] if about else []
-    for key in ("backend", "device", "exact", "plan_hash", "weights_sha256", "trained_share"):
-        value = next((source.shown(key) for source in (about, plan) if source and source.has(key)), "")
+    if head is not None and not facts:
+        for key in ("model", "trained", "lora", "rows", "steps", "optim"):
+            facts += [(f"{key}.{name}", value) for name, value in head.flat(key) if value]
+        facts += [(key, head.shown(key)) for key in ("seed", "data", "started", "out") if head.has(key)]
+    for key in ("backend", "device", "exact", "plan_hash", "config_hash", "weights_sha256", "trained_share"):
+        value = next((source.shown(key) for source in (about, plan, head) if source and source.has(key)), "")
         if value:
             facts.append((key.replace("_", " "), value))
     facts += [(f"rows {name}", value) for name, value in about.flat("rows")] if about else []

@@ -8,12 +8,18 @@ from statistics import median
 
 from smedjan.evaluate.stats import bootstrap_mean
 from smedjan.report import svg
+from smedjan.report.health import checks
 from smedjan.report.markup import Child, Markup, el, join
 from smedjan.report.model import Bench, Evaluation, Parity, Plan, RunReport, Step, mistakes
 from smedjan.report.scale import byte_size, number, percent, wants_log
 
 Section = tuple[str, str, Markup]
 SAMPLES_SHOWN = 10
+WORDS_SHOWN = 6
+"""Steps at which the samples of a training run are shown."""
+
+CAPTION = 200
+"""Characters of a prompt above what the model made of it: its end."""
 
 
 def sections(run: RunReport) -> list[Section]:
@@ -22,7 +28,9 @@ def sections(run: RunReport) -> list[Section]:
         _scores(run.evaluation) if run.evaluation and run.evaluation.scores else None,
         _mistakes(run.evaluation) if run.evaluation and run.evaluation.samples else None,
         _samples(run.evaluation) if run.evaluation and run.evaluation.samples else None,
+        _health(run) if run.header and run.steps else None,
         _training(run) if run.steps else None,
+        _words(run) if run.words else None,
         _speed(run.bench) if run.bench and run.bench.rounds else None,
         _parity(run.parity) if run.parity else None,
         _plan(run.plan) if run.plan else None,
@@ -163,12 +171,60 @@ def _training(run: RunReport) -> Section:
     return _section("training", "Training", finding, figure, _multiples(steps))
 
 
+VERDICTS = {
+    "good": ("held", "healthy"),
+    "watch": ("watch", "watch"),
+    "bad": ("failed", "red flag"),
+    "early": ("", "too early"),
+}
+
+
+def _health(run: RunReport) -> Section:
+    found = checks(run)
+    flags = [check for check in found if check.verdict == "bad"]
+    watch = [check for check in found if check.verdict == "watch"]
+    finding = "No red flag." if not flags else f"Red flags: {', '.join(check.name.lower() for check in flags)}."
+    finding += f" To watch: {', '.join(check.name.lower() for check in watch)}." if watch else ""
+    rows = [
+        [
+            el("th", check.name, scope="row"),
+            el("td", VERDICTS[check.verdict][1], class_=f"{VERDICTS[check.verdict][0]} short".strip()),
+            el("td", check.value, data_label="Value"),
+            el("td", check.healthy, data_label="Healthy"),
+            el("td", check.red_flag, data_label="A red flag means"),
+        ]
+        for check in found
+    ]
+    head = ["Check", "Verdict", "Value", "Healthy looks like", "A red flag means"]
+    return _section("health", "Health", finding, _table(None, head, rows, "stacked"))
+
+
+def _words(run: RunReport) -> Section:
+    """By prompt: the model's words at the first step they were sampled, at the last, and at some between."""
+    steps = sorted({word.step for word in run.words})
+    kept = {steps[round(index * (len(steps) - 1) / (WORDS_SHOWN - 1))] for index in range(WORDS_SHOWN)}
+    prompts = dict.fromkeys(word.prompt for word in run.words)
+    tables = []
+    for prompt in prompts:
+        rows = [
+            [_num(f"{word.step:,}"), el("td", el("span", word.text or "(nothing)", class_="quote", dir="auto"))]
+            for word in run.words
+            if word.prompt == prompt and word.step in kept
+        ]
+        caption = f"After “{prompt.strip()[-CAPTION:]}”" if prompt.strip() else "After nothing"
+        tables.append(_table(caption, ["#Step", "The model goes on"], rows, "dense"))
+    finding = f"Greedy answers to {len(prompts)} prompts, sampled at {len(steps)} steps of training"
+    finding += f"; {len(kept)} of them are shown." if len(kept) < len(steps) else "."
+    return _section("words", "Samples while training", finding, *tables)
+
+
 def _multiples(steps: tuple[Step, ...]) -> Markup | None:
     figures: list[Markup] = []
     columns: tuple[tuple[str, list[tuple[int, float | None]]], ...] = (
         ("Learning rate", [(s.step, s.lr) for s in steps]),
         ("Gradient norm", [(s.step, s.grad_norm) for s in steps]),
         ("Tokens a second", [(s.step, s.tokens_per_s) for s in steps]),
+        ("MFU, % of the machine's peak", [(s.step, None if s.mfu is None else 100 * s.mfu) for s in steps]),
     )
     for name, column in columns:
         points = [(float(step), value) for step, value in column if value is not None]

@@ -47,6 +47,7 @@ section > h2 + p { margin: .45rem 0 1.2rem; }
 .note { color: var(--muted); font-size: .88rem; }
 figure { margin: 1.2rem 0 0; }
 .wide { overflow-x: auto; }
+.wide + .wide { margin-top: 1.4rem; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.3rem; margin-bottom: .5rem;
   color: var(--muted); font-size: .86rem; }
 .legend span::before { content: ""; display: inline-block; width: 1rem; height: .2rem; margin-right: .45rem;
@@ -101,6 +102,8 @@ td, th { overflow-wrap: break-word; }
 .held::before { content: "\\2713\\00a0"; color: var(--second); font-weight: 700; }
 .failed { color: var(--ours); font-weight: 650; }
 .failed::before { content: "\\2717\\00a0"; }
+.watch { color: var(--second); font-weight: 650; }
+.watch::before { content: "!\\00a0"; }
 code, .mono, .quote { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .92em; }
 .mono { overflow-wrap: anywhere; }
 .quote { display: block; max-height: 9rem; overflow: auto; font-size: .8rem; line-height: 1.45; white-space: pre-line;
@@ -112,6 +115,14 @@ code, .mono, .quote { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas
 footer { margin-top: 3.5rem; padding-bottom: 4rem; color: var(--muted); font-size: .84rem; }
 footer > div { padding-top: 1rem; border-top: 1px solid var(--rule); }
 footer p { margin: .3rem 0; }
+@media screen and (max-width: 44rem) {
+  .stacked thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  .stacked, .stacked tbody, .stacked tr, .stacked th, .stacked td { display: block; }
+  .stacked tr { padding: .7rem 0; border-bottom: 1px solid var(--rule); }
+  .stacked th, .stacked td { padding: .1rem 0; border: 0; }
+  .stacked td.short { position: absolute; right: 1.5rem; margin-top: -1.45rem; }
+  .stacked td[data-label]::before { content: attr(data-label) ": "; color: var(--muted); }
+}
 @media (max-width: 36rem) {
   .facts { grid-template-columns: 1fr; gap: 0; }
   .facts dd { margin-bottom: .5rem; }

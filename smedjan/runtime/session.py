@@ -22,6 +22,7 @@ from smedjan.ops.loss import GRADIENTS_IN_FORWARD
 from smedjan.ops.optimizer import accumulate as accumulate_op
 from smedjan.ops.quantized import nf4_specs
 from smedjan.passes.fp8 import fp8
+from smedjan.passes.int8 import int8, int8_specs
 from smedjan.passes.lora import DTYPE as ADAPTER_DTYPE
 from smedjan.passes.lora import Lora, adapt
 from smedjan.passes.quantize import fuse, quantize
@@ -38,9 +39,12 @@ class Session:
     """`parameters` holds base weights by HF name and adapters by PEFT name: programs read, the update writes them.
 
     memory, reserved  bytes of the device (None: all there is), and those of them that programs leave alone
-    `quantized` names the weights that are held as NF4 instead, each as the arrays of `nf4_specs`.
+    `quantized` names the weights that are held as NF4 instead, each as the arrays of `nf4_specs`; `int8` those that are
+    held as `int8_specs`, for inference alone.
     fp8     training takes the products of the blocks' linear layers of 8-bit floats. What measures or uses the model
             does not: its weights stay as they are stored, and others compute with them in their dtype
+    z_loss, label_smoothing, neftune   of training's loss and embeddings (`linear_cross_entropy`, `noised`); a loss that
+            is not differentiated is the plain one
     """
 
     backend: Backend
@@ -53,10 +57,17 @@ class Session:
     reserved: int = 0
     quantized: tuple[str, ...] = ()
     fp8: bool = False
+    int8: tuple[str, ...] = ()
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    neftune: float = 0.0
 
     def __post_init__(self) -> None:
         self.programs: dict[Any, Program] = {}
         self._pools: dict[str, Any] = {}
+        self.quantization_error = 0.0  # |w - codes| / |w| over the weights in `int8`, where they were made
+        self.flops = 0
+        """Of all micro-batches and updates so far, as the costs of their programs count them."""
 
     def host(self, array: Any, dtype: str) -> Array:
         """A host array, as a program of the backend reads it."""
@@ -68,8 +79,9 @@ class Session:
         adapters = {} if self.lora is None else self.lora.shapes(base)
         stored = {
             f"{name}.{suffix}": (spec.shape, spec.dtype)
-            for name in self.quantized
-            for suffix, spec in nf4_specs(base.pop(name)).items()
+            for names, specs_of in ((self.quantized, nf4_specs), (self.int8, int8_specs))
+            for name in names
+            for suffix, spec in specs_of(base.pop(name)).items()
         }
         return (
             {name: (shape, self.dtype) for name, shape in base.items()}
@@ -95,6 +107,9 @@ class Session:
     def forward(self, decoder: Decoder, *, train: bool = False) -> Graph:
         """The declared graph with adapters, decomposed already where the backend is exact. Dropout is for training."""
         graph = quantize(decoder.graph, self.quantized) if self.quantized else decoder.graph
+        if self.int8:
+            assert not train, "8-bit weights are for inference"
+            graph = int8(graph, self.int8)
         if self.lora is not None:
             graph = adapt(graph, self.lora if train else replace(self.lora, dropout=0.0))
         if self.fp8 and train:
@@ -129,12 +144,19 @@ class Session:
         """loss and grad.NAME for each name; with `accumulate`, each is added to the input total of the same name."""
         key = ("micro", form, tuple(wrt), accumulate)
         if key not in self.programs:
-            decoder = Decoder(self.config, form, early=self.lora is None or self.lora.dropout == 0)
+            train = bool(wrt)
+            decoder = Decoder(
+                self.config,
+                form,
+                early=self.lora is None or self.lora.dropout == 0,
+                neftune=self.neftune if train else 0.0,
+            )
             names = {self.config.tied().get(name, name) for name in wrt}
             head = self.config.head
             grads = ("x" if names - {head} or head == self.config.embedding else "") + ("w" if head in names else "")
-            decoder.graph.output("loss", decoder.loss(grads))
-            graph = self.forward(decoder, train=bool(wrt))
+            terms = {"z_loss": self.z_loss, "smoothing": self.label_smoothing} if train else {}
+            decoder.graph.output("loss", decoder.loss(grads, **terms))
+            graph = self.forward(decoder, train=train)
             self._differentiate(graph, wrt, accumulate)
             self.programs[key] = self.finish(graph)
         return self.programs[key]
@@ -184,6 +206,7 @@ class Session:
         inputs.update({f"total.{name}": array for name, array in (totals or {}).items()})
         program = self.micro_program(self.form(batch, rows=rows), wrt, accumulate=totals is not None)
         made = program(inputs, observe=observe) if observe else program(inputs)
+        self.flops += program.cost.flops
         return made["loss"], {name: made[f"grad.{name}"] for name in wrt}
 
     def logits(self, batch: Batch, *, observe: Any = None) -> Array:
@@ -193,8 +216,7 @@ class Session:
         return (program(inputs, observe=observe) if observe else program(inputs))["logits"]
 
     def trained_logits(self, batch: Batch) -> np.ndarray:
-        """Logits at each trained row, float32 [R, V] on the host, in the order of `batch.loss_rows`."""
-        chosen = batch.loss_rows
+        """The logits at each trained row, float32 [R, V] in the order of `batch.loss_rows`."""
         if self.backend.exact:  # the head on some rows alone has other bits than on all
             logits = self.logits(batch)
         else:

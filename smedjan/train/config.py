@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from smedjan.errors import ConfigError, nearest
-from smedjan.train.flags import Flag, Section, flags_of, read
+from smedjan.train.flags import Flag, Section, flags_of, listed, read
 from smedjan.train.optimizers import RATES, defaults
 
 Method = Literal["full", "lora", "qlora"]
@@ -56,6 +56,14 @@ class TrainConfig(Section):
     save_every: int = field(default=100, metadata={"ge": 0, "help": "steps between checkpoints; 0: only at the end"})
     keep: int = field(default=2, metadata={"ge": 1, "help": "the newest checkpoints that stay"})
     eval_every: int = field(default=100, metadata={"ge": 0, "help": "steps between evaluations; 0: only at the end"})
+    sample_every: int = field(default=0, metadata={"ge": 0, "help": "steps between sample generations; 0: none"})
+    sample_prompts: str | None = field(
+        default=None,
+        metadata={"help": "a prompt, or a file of them (default: of the first rows of eval data, or data)"},
+    )
+    track: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "who else gets the log: tensorboard, trackio, wandb, by commas"}
+    )
     attention: Literal["sdpa", "eager"] = field(
         default="sdpa", metadata={"help": "which of transformers' two computations the exact backend repeats"}
     )
@@ -70,9 +78,28 @@ class TrainConfig(Section):
         default=None, metadata={"help": "of the device, such as 24GB: what does not fit is recomputed or offloaded"}
     )
     fp8: bool = field(default=False, metadata={"help": "the blocks' linear layers in 8-bit floats (full, cuda_triton)"})
+    freeze: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "parts of names that are not trained, such as embed_tokens,layers.0 (full)"}
+    )
+    only: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "parts of names that alone are trained, such as layers.29,norm (full)"}
+    )
+    new_tokens: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "tokens to add, by commas, or @FILE with one a line; their rows are trained"}
+    )
+    z_loss: float = field(
+        default=0.0, metadata={"ge": 0, "help": "weight of the squared log-normaliser in training's loss, such as 1e-4"}
+    )
+    label_smoothing: float = field(
+        default=0.0, metadata={"ge": 0, "lt": 1, "help": "share of each target that goes to all tokens alike"}
+    )
+    neftune: float = field(
+        default=0.0, metadata={"ge": 0, "help": "alpha of uniform noise on the embeddings, such as 5"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "new_tokens", listed(self.new_tokens, "train.new_tokens"))
         if self.steps is not None and self.epochs is not None:
             raise ConfigError(
                 f"both steps ({self.steps}) and epochs ({self.epochs:g}) are given",
@@ -230,6 +257,9 @@ class LoraConfig(Section):
         default=None,
         metadata={"help": "names of the modules that get an adapter, by commas (default all linear ones)"},
     )
+    modules_to_save: tuple[str, ...] | None = field(
+        default=None, metadata={"help": "trained whole beside the adapters: embed_tokens,lm_head"}
+    )
     last_layers: int | None = field(
         default=None,
         metadata={"ge": 1, "help": "adapters in the last N layers alone: the others need no backward (default all)"},
@@ -255,7 +285,9 @@ class FinetuneConfig(Section):
     """A run of `smedjan finetune`."""
 
     model: str = field(metadata={"help": "model directory, run directory or hub id"})
-    data: Path = field(metadata={"help": "rows to train on: jsonl, json, csv, parquet, or a folder with a train file"})
+    data: Path = field(
+        metadata={"help": "rows to train on: jsonl, json, csv, parquet, arrow, a folder of splits, or a hub data set"}
+    )
     eval_data: Path | None = field(default=None, metadata={"help": "rows to evaluate on while training"})
     out: Path | None = field(default=None, metadata={"help": "run directory to write (a dry run needs none)"})
     method: Method = field(default="lora", metadata={"help": "what is trained; qlora: adapters of 4-bit weights"})
@@ -332,7 +364,7 @@ class FinetuneConfig(Section):
             del decided[name]
         # Patience makes of when, and by how much, something that decides the weights.
         watch = ("eval_every", "min_delta") if self.train.patience is None else ()
-        for name in ("save_every", "keep", "memory", *watch):
+        for name in ("save_every", "keep", "memory", "sample_every", "sample_prompts", "track", *watch):
             del decided["train"][name]
         del decided["optim"]["max_skipped"]
         if self.method == "full":

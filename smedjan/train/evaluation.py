@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from smedjan.backends.collective import Alone, Collective
 from smedjan.checkpoint.dtype import to_float32
 from smedjan.data.collate import Batch, collate
 from smedjan.data.dataset import TokenDataset
 from smedjan.graph.program import Program
 from smedjan.runtime.session import Session, bucket_rows
+from smedjan.train.step import interleaved
 
 PAD_TO = 16
 """Rows are padded to a multiple of this, so that a run needs few programs."""
@@ -38,11 +40,19 @@ def batches(
 
 
 def evaluate_loss(
-    session: Session, dataset: TokenDataset, *, batch_size: int, max_length: int, most_bytes: int | None = None
+    session: Session,
+    dataset: TokenDataset,
+    *,
+    batch_size: int,
+    max_length: int,
+    most_bytes: int | None = None,
+    group: Collective | None = None,
 ) -> float:
-    """Mean negative log-likelihood of the trained tokens."""
-    total = 0.0
-    for batch in batches(session, dataset, batch_size=batch_size, max_length=max_length, most_bytes=most_bytes):
-        loss, _ = session.micro(batch, (), num_items=1.0)
-        total += float(to_float32(session.backend.to_raw(loss))[0])
-    return total / dataset.trained_tokens
+    """Mean negative log-likelihood of the trained tokens. The processes of `group` share the batches."""
+    group, losses = group or Alone(), []
+    each = batches(session, dataset, batch_size=batch_size, max_length=max_length, most_bytes=most_bytes)
+    for index, batch in enumerate(each):
+        if index % group.world == group.rank:
+            loss, _ = session.micro(batch, (), num_items=1.0)
+            losses.append(float(to_float32(session.backend.to_raw(loss))[0]))
+    return sum(interleaved(group.exchange(losses))) / dataset.trained_tokens

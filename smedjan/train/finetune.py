@@ -3,40 +3,50 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
+from smedjan.backends.collective import Collective
 from smedjan.checkpoint.atomic import write_atomic
+from smedjan.checkpoint.lock import RunLock, request_file
 from smedjan.checkpoint.raw import RawTensor, specs_of
 from smedjan.checkpoint.run_dir import Checkpoint, checkpoint_of, load_checkpoint, save_checkpoint, sha256_of
 from smedjan.checkpoint.sizes import parse_size
+from smedjan.data.cache import tokenize_file
 from smedjan.data.dataset import Steps, TokenDataset
-from smedjan.data.formats import read_rows
-from smedjan.data.mask import Tokenized, tokenize_rows
+from smedjan.data.formats import conversion
+from smedjan.data.mask import Tokenized
 from smedjan.errors import CheckpointError, ConfigError
-from smedjan.graph.program import Program
+from smedjan.hf import new_tokens
+from smedjan.hf.dataset_hub import data_path
 from smedjan.hf.export import save_model
+from smedjan.hf.hub import Say
 from smedjan.hf.load import ModelFiles, open_model, open_session
 from smedjan.hf.peft import WEIGHTS as ADAPTER_WEIGHTS
 from smedjan.hf.peft import initial_adapter, write_adapter
 from smedjan.hf.tokenizer import load_tokenizer
-from smedjan.models.decoder import Form
+from smedjan.hf.whole_modules import parameters_named
 from smedjan.optim.schedule import factor
 from smedjan.passes.lora import Lora
 from smedjan.runtime.select import backend as select_backend
-from smedjan.runtime.session import ROW_BUCKET
 from smedjan.train import fp8
 from smedjan.train.asked import asked
+from smedjan.train.chosen import check_method, chosen
 from smedjan.train.config import FinetuneConfig
 from smedjan.train.evaluation import PAD_TO, evaluate_loss
+from smedjan.train.header import header
+from smedjan.train.largest import largest_bytes
 from smedjan.train.log import Event, RunLog
+from smedjan.train.meter import Meter
 from smedjan.train.optimizers import optimizer
+from smedjan.train.processes import together
 from smedjan.train.progress import Progress
+from smedjan.train.samples import Samples
 from smedjan.train.step import Trainer
+from smedjan.train.track import tracked
 
 FP8 = "train.fp8"
 """The field that asks for `fp8`."""
@@ -49,14 +59,16 @@ class Interrupted(KeyboardInterrupt):
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What a run left behind. `rows` counts kept, truncated and dropped ones; `unstopped` of the kept, uncut ones train
-    no stop token; `trained_share` is of all tokens. `skipped` steps had a gradient norm that is not finite.
-    `best_step` had the lowest loss of all evaluations, `best_eval_loss`; with patience the weights are of that step."""
+    no stop token; `trained_share` is of all tokens; `converted`: what the rows were converted from and to;
+    `skipped` steps had a gradient norm that is not finite. `best_step` had the lowest loss of all evaluations,
+    `best_eval_loss`; with patience the weights are of that step."""
 
     run_dir: Path
     weights_sha256: str
     rows: dict[str, int]
     unstopped: int
     trained_share: float
+    converted: dict[str, str] | None
     steps: int
     backend: str
     exact: bool
@@ -71,8 +83,8 @@ class Run:
 class Finetune:
     """The parts of a run, made and checked before anything is written."""
 
-    def __init__(self, config: FinetuneConfig, *, started: str | None = None) -> None:
-        self.config = config
+    def __init__(self, config: FinetuneConfig, *, started: str | None = None, say: Say = lambda line: None) -> None:
+        self.config, self.say = config, say
         self.started = started or datetime.now(UTC).isoformat(timespec="seconds")
         self.files: ModelFiles = open_model(config.model)
         self.backend = select_backend(config.backend)
@@ -85,6 +97,9 @@ class Finetune:
                 file=self.files.path / "tokenizer.json",
                 remedy="use the tokenizer that belongs to the model",
             )
+        self.tokenizer_files: dict[str, bytes] = {}
+        if config.train.new_tokens is not None:
+            self._add_tokens(config.train.new_tokens)
         self.max_length = config.train.max_length_for(self.files.config.max_position_embeddings)
         self.tokenized = self._tokenize(config.data, "train")
         self.dataset = TokenDataset(self.tokenized.examples)
@@ -103,8 +118,14 @@ class Finetune:
             pad_to=PAD_TO,
         )
         self.lora = None
+        check_method(train, config.method)
+        model = self.files.config
+        grown = (model.embedding, model.head) if self.tokenizer_files else ()
+        self.names = chosen(list(self._shapes), train, model.tied(), grown=grown)
+        self.whole: tuple[str, ...] = ()
         if config.method != "full":
             lora = config.lora
+            self.whole = self._whole_modules()
             self.lora = Lora(
                 rank=lora.rank,
                 alpha=lora.alpha,
@@ -141,6 +162,18 @@ class Finetune:
                             remedy="see smedjan graph for the names, and --lora.targets",
                         )
 
+    def _add_tokens(self, tokens: tuple[str, ...]) -> None:
+        self.tokenizer, ids = new_tokens.with_tokens(self.tokenizer, tokens)
+        self.tokenizer_files = new_tokens.tokenizer_files(self.tokenizer, tokens, ids)
+        self.files = new_tokens.with_rows(self.files, ids, self.config.seed)
+
+    def _whole_modules(self) -> tuple[str, ...]:
+        """The weights that are trained whole beside adapters: those asked for, and those that have new rows."""
+        model = self.files.config
+        asked = parameters_named(self.config.lora.modules_to_save or (), model, "lora.modules_to_save")
+        grown = (model.embedding, model.head) if self.tokenizer_files else ()
+        return tuple(name for name in dict.fromkeys((model.embedding, model.head)) if name in (*asked, *grown))
+
     def _adapted_layers(self, last: int | None) -> tuple[int, ...] | None:
         count = self.files.config.num_hidden_layers
         if last is None:
@@ -159,16 +192,22 @@ class Finetune:
 
     def _tokenize(self, path: Path, split: str) -> Tokenized:
         train = self.config.train
-        return tokenize_rows(
-            read_rows(path, split),
+        path = data_path(path, split, self.say)
+        made = tokenize_file(
+            path,
+            split,
             self.tokenizer,
             max_length=self.max_length,
             loss_on=train.loss_on,
             too_long=train.too_long,
             now=datetime.fromisoformat(self.started),
+            say=self.say,
         )
+        if said := conversion(made.converted):
+            self.say(f"{path}: {said}")
+        return made
 
-    def trainer(self) -> Trainer:
+    def trainer(self, group: Collective | None = None) -> Trainer:
         """The session with fresh adapters, and what is trained of it."""
         config = self.config
         session = open_session(
@@ -178,42 +217,24 @@ class Finetune:
             attention=config.train.attention,
             quantized=config.method == "qlora",
         )
-        session.fp8 = config.train.fp8
+        train = config.train
+        session.fp8 = train.fp8
+        session.z_loss, session.label_smoothing, session.neftune = train.z_loss, train.label_smoothing, train.neftune
         if config.train.memory is not None:
             session.memory = parse_size(config.train.memory, "train.memory")
-        names = list(session.parameters)
+        names = self.names
         if self.lora is not None:
             fresh = initial_adapter(self.lora, self._shapes, config.seed)
             session.parameters.update({name: self.backend.from_raw(raw) for name, raw in fresh.items()})
-            session.lora, names = self.lora, list(fresh)
-        model = self.files.config
+            # In the order of PEFT's parameters: the embedding first, a head last.
+            head = [name for name in self.whole if name != self.files.config.embedding]
+            first = [name for name in self.whole if name not in head]
+            session.lora, names = self.lora, [*first, *fresh, *head]
+        model = self.files.config.names
         made = optimizer(
-            config.optim,
-            config.learning_rate,
-            names,
-            apart=(model.names.embedding, model.names.head),
-            ema=config.train.ema or 0.0,
+            config.optim, config.learning_rate, names, apart=(model.embedding, model.head), ema=train.ema or 0.0
         )
-        return Trainer(session, names, made, seed=config.seed)
-
-    def largest_program(self, trainer: Trainer) -> Program:
-        """Of the run's largest micro-batch, planned and not run: as many of the longest rows as it takes."""
-        config = self.config.train
-        lengths = max(len(example) for example in self.dataset.examples)
-        longest = self.max_length if config.packing else lengths
-        seq = min(-(-longest // PAD_TO) * PAD_TO, self.max_length)
-        trained = max(example.trained_tokens for example in self.dataset.examples) * config.batch_size
-        rows = 0 if self.backend.exact else min(-(-trained // ROW_BUCKET) * ROW_BUCKET, seq * config.batch_size)
-        form = Form(
-            batch=config.batch_size,
-            seq=seq,
-            dtype=trainer.session.dtype,
-            kind="packed" if config.packing else "padded",
-            attention=config.attention,
-            rows=rows,
-            positions=config.batch_size if config.packing else 1,
-        )
-        return trainer.session.micro_program(form, trainer.names)
+        return Trainer(session, names, made, seed=config.seed, group=group)
 
     def learning_rate(self, step: int) -> float:
         """Of `step`, counted from 0. Warm-up ends at the peak; its first step is not zero, unlike transformers'."""
@@ -245,28 +266,59 @@ class Finetune:
         }
 
 
-def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None = None) -> Run:
-    """Trains, checkpoints and saves. `on_step` sees every event that the log gets, as it is written."""
+def finetune(
+    config: FinetuneConfig, *, on_step: Callable[[Event], None] | None = None, say: Say = lambda line: None
+) -> Run:
+    """Trains, checkpoints and saves. `on_step` sees every event that the log gets, as it is written; `say` is told what
+    the person who waits should know of the data.
+
+    Of several processes (`together`) each makes its micro-batches' gradients; the first logs, saves and speaks.
+    """
     assert config.out is not None, "a dry run is `plan`"
-    out = config.out
+    with together(select_backend(config.backend)) as group:
+        if group.rank != 0:
+            return _finetune(config, config.out, group, None, None, lambda line: None)
+        with RunLock(config.out) as lock, tracked(config.train.track, config.out, on_step) as listener:
+            return _finetune(config, config.out, group, lock, listener, say)
+
+
+def _finetune(
+    config: FinetuneConfig,
+    out: Path,
+    group: Collective,
+    lock: RunLock | None,
+    on_step: Callable[[Event], None] | None,
+    say: Say,
+) -> Run:
     found = load_checkpoint(out) if out.exists() else None
     # A chat template may print the date: a resumed run sees the rows of the day on which it was started.
-    parts = Finetune(config, started=None if found is None else found.state.get("started"))
+    parts = Finetune(config, started=None if found is None else found.state.get("started"), say=say)
     if out.exists() and not config.resume and (found is not None or any(out.iterdir())):
         raise ConfigError("exists already", file=out, field="out", remedy="give --resume, or another directory")
-    parts.backend.reset_peak_memory()
-    trainer = parts.trainer()
+    meter = Meter(parts.backend, config.dtype or parts.files.dtype)
+    samples = Samples(parts) if config.train.sample_every and group.rank == 0 else None
+    trainer = parts.trainer(group)
     start = 0
     history: list[Event] = []
     progress = Progress.of({} if found is None else found.state)
     if found is not None:
         start, history = _resume(parts, trainer, found, out)
     errors = _fp8_errors(parts, trainer, start)
-    log = RunLog(out / "smedjan" / "log.jsonl", start, on_step)
-    leg = {"backend": parts.backend.name, "from_step": start, "plan": trainer.update.plan_hash}
+    head = header(parts, trainer, meter, start)
+    if lock is not None:
+        lock.acquire()
+    group.exchange()  # none writes before all have looked at what is there
+    log = RunLog(out / "smedjan" / "log.jsonl", start, on_step, speaks=group.rank == 0)
+    leg = {
+        "backend": parts.backend.name,
+        "from_step": start,
+        "plan": trainer.update.plan_hash,
+        "processes": group.world,
+    }
     history = [*history, leg]
     name = ADAPTER_WEIGHTS if parts.lora is not None else "model.safetensors"
 
+    log.write({"step": start, "header": head})
     if errors:
         log.write({"step": start, "fp8": fp8.summary(errors)})
 
@@ -274,25 +326,26 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
         save_checkpoint(
             out,
             step,
-            weights=trainer.weights(),
+            weights=trainer.weights() if group.rank == 0 else {},
             optimizer=trainer.optimizer_state(),
             state={**parts.state(history), "progress": progress.to_state()},
             weights_name=name,
             keep=config.train.keep,
+            peers=group,
             best=progress.best_step if config.train.patience is not None else None,
         )
 
     eval_loss, done = None, start
-    most_bytes = parts.largest_program(trainer).peak_bytes if parts.eval_dataset is not None else None
-    with asked() as wanted:
+    most_bytes = None if parts.eval_dataset is None else largest_bytes(parts, trainer)
+    with asked(request_file(out), several=group.world > 1) as wanted:
         for step in range(start, start if progress.stopped_early else parts.steps.total):
-            batches = parts.steps.batches_for_step(step)
-            lr, began = parts.learning_rate(step), time.perf_counter()
+            batches = parts.steps.batches_for_step(step, group.world)
+            lr = parts.learning_rate(step)
+            meter.start(trainer.session)
             loss, norm = trainer.step(batches, number=step + 1, lr=lr, taken=step + 1 - progress.skipped)
-            done = step + 1
-            last, better = done == parts.steps.total, False
+            done, last, better = step + 1, step + 1 == parts.steps.total, False
             progress.after_step(done, loss, norm, max_skipped=config.optim.max_skipped, last=last)
-            tokens, seconds = sum(b.tokens for b in batches), time.perf_counter() - began
+            tokens = sum(b.tokens for b in batches)
             log.write(
                 {
                     "step": step + 1,
@@ -302,7 +355,7 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
                     "lr": lr,
                     "tokens": tokens,
                     "trained_tokens": sum(b.trained_tokens for b in batches),
-                    "tokens_per_s": tokens / seconds,
+                    **meter.stop(trainer.session, tokens=tokens, left=parts.steps.total - step - 1),
                     "peak_bytes": parts.backend.peak_memory(),
                     "skipped": progress.skipped,
                 }
@@ -315,16 +368,18 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
                         batch_size=config.train.batch_size,
                         max_length=parts.max_length,
                         most_bytes=most_bytes,
+                        group=group,
                     )
-                better = progress.after_evaluation(
-                    done, eval_loss, patience=config.train.patience, min_delta=config.train.min_delta
-                )
-                better = better and config.train.patience is not None
+                better = progress.after_evaluation(done, eval_loss, config.train)
                 log.write({"step": done, "eval_loss": eval_loss, **progress.best()})
                 last = last or progress.stopped_early
-            if last or better or wanted.stop or wanted.save_now() or _due(config.train.save_every, step):
+            if samples is not None and (last or _due(config.train.sample_every, step)):
+                log.write({"step": step + 1, "samples": samples(trainer.session)})
+            stop, save_now = wanted.agreed(group)
+            if last or better or stop or save_now or _due(config.train.save_every, step):
                 save(step + 1)
-            if wanted.stop and not last:
+                wanted.saved()
+            if stop and not last:
                 raise Interrupted(f"stopped after step {step + 1}; go on with --resume")
             if last:
                 break
@@ -332,8 +387,9 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
         best = checkpoint_of(out, progress.best_step)
         trainer.restore(best.weights, best.optimizer)
     with trainer.averaged():
-        weights = trainer.weights()
-    _save_result(parts, weights, out)
+        weights = trainer.weights() if parts.lora is not None else trainer.all_weights()
+    if group.rank == 0:
+        _save_result(parts, weights, out)
     examples = parts.tokenized
     plan_hash = next(iter(trainer.session.programs.values())).plan_hash if trainer.session.programs else ""
     counts = examples.counts
@@ -343,6 +399,7 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
         rows={"kept": counts.kept, "truncated": counts.truncated, "dropped": counts.dropped},
         unstopped=counts.unstopped,
         trained_share=parts.dataset.trained_tokens / parts.dataset.tokens,
+        converted=examples.converted,
         steps=done,
         backend=parts.backend.name,
         exact=parts.backend.exact,
@@ -351,7 +408,9 @@ def finetune(config: FinetuneConfig, *, on_step: Callable[[Event], None] | None 
         skipped=progress.skipped,
         **progress.best(),
     )
-    _write_plan(trainer, out / "smedjan" / "plan.json", run, errors)
+    if group.rank == 0:
+        _write_plan(trainer, out / "smedjan" / "plan.json", run, errors)
+    group.exchange()  # what one process returns from is there for all
     return run
 
 
@@ -361,6 +420,13 @@ def _due(every: int, step: int) -> bool:
 
 def _resume(parts: Finetune, trainer: Trainer, found: Checkpoint, out: Path) -> tuple[int, list[Event]]:
     for key, value in parts.state([]).items():
+        if key == "data_sha256" and found.state.get(key) != value:
+            raise CheckpointError(
+                f"the rows are not those that the run in {out} was started with (sha256 of their tokens)",
+                file=parts.config.data,
+                field="data",
+                remedy="bring back the file as it was, or start a new --out",
+            )
         if key != "history" and found.state.get(key) != value:
             raise CheckpointError(
                 f"the run was started with another {key}",
@@ -374,9 +440,13 @@ def _resume(parts: Finetune, trainer: Trainer, found: Checkpoint, out: Path) -> 
 
 def _save_result(parts: Finetune, weights: Mapping[str, RawTensor], out: Path) -> None:
     if parts.lora is None:
-        save_model(out, parts.files.data, weights, parts.files.path, into_run=True)
+        made = parts.tokenizer_files
+        save_model(out, parts.files.data, weights, parts.files.path, extra_files=made, into_run=True)
         return
-    write_adapter(out, parts.lora, weights, base=str(parts.config.model))
+    if parts.tokenizer_files:
+        for name, content in {**new_tokens.files_of(parts.files.path), **parts.tokenizer_files}.items():
+            write_atomic(out / name, content)
+    write_adapter(out, parts.lora, weights, base=str(parts.config.model), tied=parts.files.config.tied())
 
 
 def _fp8_errors(parts: Finetune, trainer: Trainer, start: int) -> fp8.Errors:

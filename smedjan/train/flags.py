@@ -144,6 +144,20 @@ def _names(value: object, name: str) -> tuple[str, ...]:
     return tuple(parts)
 
 
+def listed(names: tuple[str, ...] | None, field: str) -> tuple[str, ...] | None:
+    """The names, or of a single @FILE its lines, so that a config holds what was in the file."""
+    if names is None or len(names) != 1 or not names[0].startswith("@") or names[0] == "@":
+        return names
+    file = Path(names[0][1:])
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot be read: {error}", file=file, field=field, remedy="give @FILE of one a line"
+        ) from error
+    return _names([line.strip() for line in lines if line.strip()], field)
+
+
 _READERS: dict[type[Any], Callable[[object, str], Any]] = {
     int: _int,
     float: _float,

@@ -14,9 +14,12 @@ Event = dict[str, Any]
 
 
 class RunLog:
-    """Appends; lines past the step resumed from are dropped first."""
+    """Appends; lines past the step resumed from are dropped first. Of several processes one `speaks`."""
 
-    def __init__(self, path: Path, start: int, on_step: Callable[[Event], None] | None) -> None:
+    def __init__(self, path: Path, start: int, on_step: Callable[[Event], None] | None, *, speaks: bool = True) -> None:
+        self.path, self.on_step, self.speaks = path, on_step, speaks
+        if not speaks:
+            return
         with write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
@@ -29,9 +32,10 @@ class RunLog:
                 if event.get("step", 0) <= start:
                     kept.append(line)
         write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
-        self.path, self.on_step = path, on_step
 
     def write(self, event: Event) -> None:
+        if not self.speaks:
+            return
         with write_errors(self.path), self.path.open("a") as file:
             file.write(json.dumps({key: _plain(value) for key, value in event.items()}, allow_nan=False) + "\n")
         if self.on_step is not None:

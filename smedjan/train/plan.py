@@ -17,6 +17,7 @@ from smedjan.runtime.session import Session, fills_window
 from smedjan.train.config import FinetuneConfig
 from smedjan.train.finetune import FP8, Finetune
 from smedjan.train.fp8 import check, layers, of_normal
+from smedjan.train.largest import largest_form
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +90,22 @@ def step_of(
     return [micro, session.finish(update)]
 
 
+def decoding_of(
+    config: DecoderConfig, backend: Backend, *, dtype: str, length: int, attention: str = "sdpa", int8: bool = False
+) -> Program:
+    """The program of one new token over a cache of `length` places, as `generate` runs it."""
+    session = Session(backend, config, {}, dtype, attention=attention, int8=config.eight_bit_weights() if int8 else ())
+    form = Form(batch=1, seq=1, dtype=dtype, attention=attention, capacity=length, rows=0 if backend.exact else 1)
+    return session.logits_program(form)
+
+
 def plan(config: FinetuneConfig) -> Plan:
     """The plan of the run's largest micro-batch; reads the model and the rows, and computes nothing but what layers in
     8-bit floats lose."""
     parts = Finetune(config)
     trainer = parts.trainer()
-    program = parts.largest_program(trainer)
+    form = largest_form(parts, trainer.session.dtype)
+    program = trainer.session.micro_program(form, trainer.names)
     cost: Cost = program.cost
     tokens = program.graph.inputs["input_ids"].numel
     state = trainer.optimizer.state_bytes(trainer.shapes)

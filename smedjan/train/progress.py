@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from smedjan.errors import ConfigError
+from smedjan.train.config import TrainConfig
 
 
 @dataclass
@@ -56,15 +57,17 @@ class Progress:
                 remedy="lower --optim.lr; the last checkpoint is whole",
             )
 
-    def after_evaluation(self, step: int, loss: float, *, patience: int | None, min_delta: float) -> bool:
-        """Whether the loss is the best so far, by more than `min_delta`. One that is not finite never is."""
-        better = math.isfinite(loss) and (self.best_eval_loss is None or loss < self.best_eval_loss - min_delta)
+    def after_evaluation(self, step: int, loss: float, train: TrainConfig) -> bool:
+        """Whether to keep these weights: the loss is the lowest so far, by more than `min_delta`, and somebody has
+        patience. One that is not finite never is."""
+        best = self.best_eval_loss
+        better = math.isfinite(loss) and (best is None or loss < best - train.min_delta)
         if better:
             self.best_step, self.best_eval_loss, self.waited = step, loss, 0
         else:
             self.waited += 1
-        self.stopped_early = patience is not None and self.waited >= patience
-        return better
+        self.stopped_early = train.patience is not None and self.waited >= train.patience
+        return better and train.patience is not None
 
     def best(self) -> dict[str, Any]:
         """What a run shows of it."""

@@ -18,6 +18,10 @@ ROOT = Path(__file__).parents[2]
 
 COMMON = {"--json", "--quiet", "--backend", "--interpret"}
 
+KNOBS = {
+    *("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed", "--stop"),
+}
+
 # Names here are fixed: add freely, change only with a deprecation
 FLAGS = {
     "import": {"--dtype", "--ignore-key", "--max-shard-size"},
@@ -37,9 +41,19 @@ FLAGS = {
         ),
         *(
             "--train.eval-every",
+            "--train.sample-every",
+            "--train.sample-prompts",
+            "--train.track",
             "--train.attention",
             "--train.fp8",
             "--train.memory",
+            "--train.freeze",
+            "--train.only",
+            "--train.z-loss",
+            "--train.label-smoothing",
+            "--train.neftune",
+            "--train.new-tokens",
+            "--lora.modules-to-save",
             "--optim.name",
             "--optim.lr",
             "--optim.lr-pattern",
@@ -70,18 +84,17 @@ FLAGS = {
         *("--lora.rslora", "--lora.rank-pattern", "--lora.alpha-pattern"),
     },
     "merge": {"--dtype"},
-    "generate": {
-        *("--adapter", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--min-p"),
-        *("--repetition-penalty", "--seed", "--dtype"),
-    },
-    "eval": {"--data", "--adapter", "--limit"},
+    "generate": {"--adapter", "--dtype", "--quantize"} | KNOBS,
+    "chat": {"--adapter", "--system", "--dtype", "--quantize"} | KNOBS,
+    "eval": {"--data", "--task", "--adapter", "--against", "--limit", "--predictions", "--batch-size"} | KNOBS,
     "data inspect": {"--model", "--split", "--rows", "--max-length", "--loss-on", "--too-long", "--html"},
+    "run save": {"--timeout"},
     "info": set(),
     "graph": {
         *("--plan", "--forward", "--unfold", "--batch-size", "--length", "--dtype", "--attention"),
-        *("--method", "--packing", "--memory", "--fp8"),
+        *("--method", "--packing", "--memory", "--fp8", "--decode", "--quantize"),
     },
-    "report": {"--out"},
+    "report": {"--out", "--live"},
     "doctor": set(),
 }
 
@@ -134,6 +147,9 @@ def test_help_shows_every_flag_and_one_example_that_parses(verb: str, capsys: py
         (["data", "inspect", "r.jsonl", "--model", "m", "--rows", "-1"], "rows: is -1; give 0 or more"),
         (["data", "inspect", "r.jsonl", "--model", "does/not/exist"], "does/not/exist"),
         (["report", "does/not/exist"], "does/not/exist: is no directory"),
+        (["run", "save", "does/not/exist"], "does/not/exist: is no directory"),
+        (["run", "save", "docs", "--timeout", "0"], "timeout: is 0; give more than 0 seconds"),
+        (["run", "save", "docs"], "docs: no process writes this run"),
     ],
 )
 def test_wrong_input_is_one_line_and_code_2(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,7 +63,14 @@ def test_quickstart(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert (folder / "merged.Modelfile").read_text().startswith("FROM ./merged.gguf")
 
 
-STEP = {"step", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "tokens_per_s", "peak_bytes", "skipped"}
+STEP = {
+    *("step", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "tokens_per_s", "peak_bytes", "mfu", "eta_s"),
+    "skipped",
+}
+HEADER = {
+    *("model", "trained", "lora", "rows", "steps", "optim", "seed", "backend", "device", "exact", "plan_hash"),
+    *("memory", "peak", "versions", "config_hash", "data", "started", "out"),
+}
 PLAN = {"parameters", "nodes", "flops_per_token", "planned_bytes", "ops"}
 TRAIN = ["finetune", "--model", "downloaded", "--data", "rows.jsonl", "--train.steps", "2", "--train.batch-size", "2"]
 
@@ -73,24 +80,27 @@ TRAIN = ["finetune", "--model", "downloaded", "--data", "rows.jsonl", "--train.s
     [
         (["info", "downloaded"], {"model_type", "parameters", "dtype", "tied", "adapter"}, False),
         (["graph", "downloaded", "--length", "16"], PLAN, True),
+        (["graph", "downloaded", "--length", "16", "--decode", "--quantize", "int8"], PLAN, True),
         ([*TRAIN, "--dry-run"], PLAN, True),
         (
             [*TRAIN, "--out", "json-run"],
             {
-                "run_dir",
-                "weights_sha256",
-                "rows",
-                "trained_share",
-                "skipped",
-                "best_step",
-                "best_eval_loss",
-                "stopped_early",
+                *("run_dir", "weights_sha256", "rows", "trained_share", "converted"),
+                *("skipped", "best_step", "best_eval_loss", "stopped_early"),
             },
             True,
         ),
         (
             ["generate", "downloaded", "7 is ", "--max-new-tokens", "2"],
-            {"token_ids", "text", "finish_reason", "prompt_tokens", "tokens_per_s"},
+            {"token_ids", "text", "finish_reason", "prompt_tokens", "tokens_per_s", "quantization"},
+            True,
+        ),
+        (
+            ["eval", "downloaded", "--data", "rows.jsonl", "--limit", "2", "--against", "downloaded"],
+            {
+                *("n", "task", "nll", "perplexity", "exact_match", "normalised_match", "contains", "f1", "accuracy"),
+                *("accuracy_bytes", "accuracy_tokens", "ci95", "intervals", "baselines", "against", "answers"),
+            },
             True,
         ),
         (
@@ -115,13 +125,26 @@ TRAIN = ["finetune", "--model", "downloaded", "--data", "rows.jsonl", "--train.s
         (
             ["data", "inspect", "rows.jsonl", "--model", "downloaded"],
             {
-                *("rows", "unstopped", "tokens", "trained_tokens", "trained_share", "longest", "lengths"),
+                *("rows", "unstopped", "converted", "tokens", "trained_tokens", "trained_share", "longest", "lengths"),
                 *("samples", "html"),
             },
             False,
         ),
     ],
-    ids=["info", "graph", "plan", "finetune", "generate", "import", "export", "parity", "families", "data inspect"],
+    ids=[
+        "info",
+        "graph",
+        "decode",
+        "plan",
+        "finetune",
+        "generate",
+        "eval",
+        "import",
+        "export",
+        "parity",
+        "families",
+        "data inspect",
+    ],
 )
 def test_json_keys_are_frozen(
     words: list[str],
@@ -131,13 +154,16 @@ def test_json_keys_are_frozen(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Keys that scripts rely on: stdout is JSON alone, its last line the result, those before it a step each."""
+    """Keys that scripts rely on: stdout is JSON alone, its last line the result, before it a header and steps."""
     lines = run([*words, "--json", "--backend", "torch_reference"], folder, capsys, monkeypatch).splitlines()
     *steps, result = [json.loads(line) for line in lines]
     command = " ".join(words[:2]) if words[0] == "data" else words[0]
     assert keys <= set(result)
     assert (result["schema"], result["command"], result["ok"], result["error"]) == (1, command, True, None)
     assert (result["backend"], result["exact"]) == (("torch_reference", True) if ran else (None, None))
+    if "--out" in words:
+        first = steps.pop(0)
+        assert (set(first), set(first["header"])) == ({"step", "header"}, HEADER)
     assert len(steps) == (2 if "--out" in words else 0)
     assert all(set(step) >= STEP for step in steps)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smedjan.data.collate import collate
+from smedjan.data.collate import IGNORE, collate
 from smedjan.data.formats import Source
 from smedjan.data.mask import Example
 
@@ -61,6 +61,17 @@ def test_packed() -> None:
     assert batch.attention_mask is not None
     assert batch.segment_ids.tolist() == [[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 1, 0, 0, 0, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0, 0]]
+
+
+def test_padding_with_the_stop_token_untrains_none() -> None:
+    """pad == eos, as SmolLM2 has it: to mask padding by its id would take the stop token out of the labels, and the
+    model would never stop. It is masked by position."""
+    stop = 2
+    ended = [example([*ids, stop], [1] * (len(ids) + 1)) for ids in ([11, 12, 13, 14], [21, 22])]
+    batch = collate([[document] for document in ended], max_length=8, pad_to=8, pad_id=stop)
+    assert batch.labels.tolist() == [[12, 13, 14, stop, *[IGNORE] * 4], [22, stop, *[IGNORE] * 6]]
+    assert batch.attention_mask is not None
+    assert batch.attention_mask.tolist() == [[1] * 5 + [0] * 3, [1] * 3 + [0] * 5]
 
 
 def test_packed_rows_without_padding_need_no_attention_mask() -> None:

@@ -82,6 +82,23 @@ def test_every_row_once_an_epoch_and_every_step_full(
         assert sum(batch.trained_tokens for batch in batches) == steps.trained_tokens_of_step(step)
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3, 5, 8, 20])
+@pytest.mark.parametrize(("batch_size", "grad_accum"), [(2, 2), (4, 1), (3, 3), (1, 4), (8, 1)])
+def test_processes_share_the_rows_of_a_step(processes: int, batch_size: int, grad_accum: int) -> None:
+    """The micro-batches of one process, unless there are fewer than processes: then no process waits for another that
+    has more rows than the even share."""
+    steps = plan(LENGTHS, batch_size=batch_size, grad_accum=grad_accum)
+    one, shared = steps.batches_for_step(1), steps.batches_for_step(1, processes)
+    if processes <= grad_accum:
+        assert same(one, shared)
+    rows = [len(batch.input_ids) for batch in shared]
+    assert sum(rows) == batch_size * grad_accum
+    assert max(rows) == min(batch_size, -(-batch_size * grad_accum // processes))
+    assert sum(batch.trained_tokens for batch in shared) == steps.trained_tokens_of_step(1)
+    tokens = [np.sort(np.concatenate([b.input_ids[b.input_ids > 0] for b in made])) for made in (one, shared)]
+    assert np.array_equal(*tokens)
+
+
 def test_rows_flow_over_the_end_of_an_epoch() -> None:
     steps = plan(LENGTHS[:6], epochs=2)
     rows = [index for step in range(3) for (index,) in steps.units_of_step(step)]

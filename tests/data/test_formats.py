@@ -121,6 +121,8 @@ def test_tools_and_tool_calls(tmp_path: Path) -> None:
     (row,) = read_rows(write(tmp_path / "a.jsonl", [{"messages": [call], "tools": [{"name": "f"}]}]))
     assert row.messages == ({"role": "assistant", "tool_calls": [{"name": "f"}]},)
     assert row.tools == ({"name": "f"},)
+    (spelled,) = read_rows(write(tmp_path / "b.jsonl", [{"messages": [call], "tools": json.dumps([{"name": "f"}])}]))
+    assert spelled.tools == row.tools
 
 
 @pytest.mark.parametrize(
@@ -150,8 +152,9 @@ def test_tools_and_tool_calls(tmp_path: Path) -> None:
         ('{"prompt": "a", "completion": "b", "label": true}', "preference row"),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "preference row"),
         ('{"prompt": "a", "completion": "b", "text": "c"}', "2 types: text and prompt"),
-        ('{"conversations": [{"from": "human", "value": "a"}]}', "ShareGPT"),
-        ('{"instruction": "a", "input": "", "output": "b"}', "Alpaca"),
+        ('{"prompt": "a", "completion": "b", "label": 0}', "preference row"),
+        ('{"chosen": "b", "rejected": "c"}', "preference row"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": "{"}', "`tools` is not JSON"),
         ('{"messages": []}', "`messages` is empty"),
         ('{"messages": "hi"}', "`messages` is a string, not a list"),
         ('{"messages": ["hi"]}', r"`messages\[0\]` is a string"),
@@ -195,7 +198,7 @@ def test_bad_csv(tmp_path: Path) -> None:
     refused(lines(tmp_path / "c.csv", "text", "a", '"b" c'), "line 3", "is not CSV")
     refused(lines(tmp_path / "d.csv", "text", "a", '"b'), "line 3", "is not CSV")
     refused(lines(tmp_path / "e.csv", "text", '""'), "line 2", "`text` is empty")
-    refused(lines(tmp_path / "f.csv", b"text\n\xff"), "line 1", "is not UTF-8")
+    refused(lines(tmp_path / "f.csv", b"text\n\xff"), "line 2", "is not UTF-8")
 
 
 def test_bad_arrow_files(tmp_path: Path) -> None:
@@ -243,13 +246,17 @@ def test_folder_shards_are_read_in_order_and_all_must_be_there(tmp_path: Path) -
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "x"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from", "value"]), inner)
+    ),
     max_leaves=8,
 )
+KEYS = ["text", "prompt", "completion", "messages", "tools", "label", "conversations"]
+KEYS += ["instruction", "input", "output", "system", "history"]
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.dictionaries(st.sampled_from(["text", "prompt", "completion", "messages", "tools", "label"]), JSON) | JSON)
+@given(st.dictionaries(st.sampled_from(KEYS), JSON) | JSON)
 def test_any_record_is_a_row_or_a_data_error(record: object) -> None:
     """Nothing a file can say escapes as another exception."""
     try:

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from smedjan.evaluate import stats
-from smedjan.evaluate.stats import bootstrap_mean, bootstrap_paired_difference, wilson
+from smedjan.evaluate.stats import bootstrap_mean, bootstrap_paired_difference, bootstrap_ratio, wilson
 
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.94])
@@ -45,6 +45,29 @@ def test_paired_difference_uses_the_pairing() -> None:
     assert paired.high - paired.low < 0.03
     with pytest.raises(AssertionError, match="same items"):
         bootstrap_paired_difference(a, b[:-1])
+
+
+def test_a_ratio_is_scipys_and_a_mean_where_all_count_alike() -> None:
+    generator = np.random.default_rng(4)
+    counts = generator.integers(1, 40, size=80).astype(float)
+    sums = counts * generator.normal(2.0, 0.5, size=80)
+    ours = bootstrap_ratio(sums.tolist(), counts.tolist(), seed=1)
+    theirs = scipy_stats.bootstrap(
+        (sums, counts),
+        lambda top, bottom, axis=-1: top.sum(axis) / bottom.sum(axis),
+        paired=True,
+        n_resamples=10_000,
+        method="percentile",
+        rng=np.random.default_rng(2),
+    )
+    assert ours.estimate == pytest.approx(sums.sum() / counts.sum())
+    # An end of the interval is a quantile of 10,000 values: its standard error is about 0.027 of their spread.
+    spread = theirs.standard_error
+    assert ours.low == pytest.approx(theirs.confidence_interval.low, abs=5 * 2**0.5 * 0.027 * spread)
+    assert ours.high == pytest.approx(theirs.confidence_interval.high, abs=5 * 2**0.5 * 0.027 * spread)
+    values = [float(i * i % 7) for i in range(50)]
+    same, mean = bootstrap_ratio(values, [1.0] * 50, seed=3), bootstrap_mean(values, seed=3)
+    assert (same.low, same.high) == pytest.approx((mean.low, mean.high), rel=1e-12)
 
 
 def test_constant_values_have_no_spread() -> None:

@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
 
 from smedjan.errors import ConfigError
 from smedjan.generate import sampling as module
-from smedjan.generate.sampling import Sampling, choose
+from smedjan.generate.sampling import Sampling, choose, warp
 
 VOCAB = 61
 SEEN = [3, 3, 17, 60, 0]
@@ -39,8 +39,8 @@ CHOICES = {
 }
 
 
-def theirs(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Probabilities in float64, after GenerationMixin's processors in its order."""
+def scores_of_theirs(logits: np.ndarray, sampling: Sampling, seen: list[int] = SEEN) -> torch.Tensor:
+    """float32 [V] after GenerationMixin's processors in its order."""
     chain = LogitsProcessorList()
     if sampling.repetition_penalty is not None:
         chain.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
@@ -51,8 +51,12 @@ def theirs(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
         chain.append(TopPLogitsWarper(sampling.top_p))
     if sampling.min_p is not None:
         chain.append(MinPLogitsWarper(sampling.min_p))
-    scores = chain(torch.tensor([SEEN]), torch.from_numpy(logits.copy())[None])
-    return torch.softmax(scores[0].double(), -1).numpy()
+    return chain(torch.tensor([seen]), torch.from_numpy(logits.copy())[None])[0]
+
+
+def theirs(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Probabilities in float64."""
+    return torch.softmax(scores_of_theirs(logits, sampling).double(), -1).numpy()
 
 
 def measured(logits: np.ndarray, sampling: Sampling, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
@@ -100,6 +104,31 @@ def test_distribution_is_transformers(name, seed, monkeypatch):
     assert np.abs(found - expected).max() <= 2 * largest * 2.0**-24
 
 
+@pytest.mark.parametrize("rounded", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CHOICES)
+def test_scores_are_transformers_to_the_bit(name, rounded):
+    """A real vocabulary's size. Logits of bfloat16 hold many equals: where top-p ends between some, torch.sort,
+    which is not stable, decides which of them go; as many must."""
+    generator, sampling = np.random.default_rng(3), CHOICES[name]
+    gone = 0
+    for _ in range(3):
+        logits = generator.normal(scale=3.0, size=49_152).astype(np.float32)
+        if rounded:
+            logits = torch.from_numpy(logits).bfloat16().float().numpy()
+        seen = generator.integers(0, len(logits), size=200).tolist()
+        found, expected = warp(logits, seen, sampling), scores_of_theirs(logits, sampling, seen).numpy()
+        differ = found.view(np.int32) != expected.view(np.int32)
+        if rounded:
+            edge = found[np.isfinite(found)].min()
+            assert np.isin(np.maximum(found, expected)[differ], edge).all()
+            assert np.array_equal(np.sort(found), np.sort(expected))
+        else:
+            assert not differ.any()
+        gone += int(np.isneginf(found).sum())
+    cuts = sampling.min_p is not None or (sampling.top_p or 1) < 1 or (sampling.top_k or len(logits)) < len(logits)
+    assert (gone > 0) == cuts
+
+
 def test_draws_follow_the_distribution():
     """Frequencies of 4,000 steps' draws: each within five standard deviations."""
     logits, sampling = np.log(np.array([0.5, 0.25, 0.2, 0.05], dtype=np.float32)), Sampling(temperature=1.0, seed=8)
@@ -132,6 +161,7 @@ def test_logits_are_left_as_they_were():
         ("min_p", 1.1),
         ("min_p", float("nan")),
         ("repetition_penalty", 0.0),
+        ("seed", -1),
     ],
 )
 def test_numbers_out_of_range_are_errors(field, value):

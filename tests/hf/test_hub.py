@@ -78,7 +78,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.hub.status != 200:
             return self.answer(self.hub.status, b"out of order")
-        path = unquote(urlsplit(self.path).path)
+        # Data sets lie beside the models
+        path = unquote(urlsplit(self.path).path).replace("/api/datasets/", "/api/models/").removeprefix("/datasets")
         api, _, rest = path.removeprefix("/").partition("models/") if path.startswith("/api/") else ("", "", path[1:])
         name = "/".join(rest.split("/")[:2])
         repository = self.hub.repositories.get(name)

@@ -50,3 +50,35 @@ def test_the_fast_backend_is_within_its_bound(smollm2: Path) -> None:
     report = smedjan.parity(smollm2, attention=("sdpa",), dtypes=("float32",), backend="cpu_native")
     assert [case.name for case in report.cases if not case.holds] == []
     assert np.isfinite([case.error for case in report.cases]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decode_by_kernels_takes_the_tokens_of_float32(smollm2: Path, dtype: str) -> None:
+    """Fed torch_reference's float32 text, cpu_native chooses each of its tokens, or one that is a tie: in float32 of
+    logits 64 units of the last place apart, in bfloat16 as far as torch's own bfloat16 is off (twice the bound of
+    tests/tolerances.py: two logits are compared)."""
+    from smedjan.checkpoint.dtype import to_float32
+    from smedjan.runtime.session import Cache
+
+    def steps(model: smedjan.api.Model, tokens: list[int]) -> np.ndarray:
+        cache, made = Cache(model.session, batch=1, capacity=128), []
+        for fed in [tokens[: len(ids)], *([token] for token in tokens[len(ids) :])]:
+            raw = model.session.backend.to_raw(cache.feed([fed], last=True))
+            made.append(to_float32(raw).reshape(-1, raw.shape[-1])[-1].astype(np.float64))
+        return np.stack(made)
+
+    exact = smedjan.load(smollm2, backend="torch_reference", dtype="float32")
+    ids = exact.tokenizer.encode(PROMPT)
+    text = list(exact.generate(ids, max_new_tokens=12))
+    reference = steps(exact, ids + text)
+    unit = 2.0**-24 if dtype == "float32" else 2.0**-8
+    off = 32 * unit * np.abs(reference).max()
+    if dtype == "bfloat16":
+        plain = steps(smedjan.load(smollm2, backend="torch_reference", dtype=dtype), ids + text)
+        off = 2 * np.abs(plain - reference).max() + 2 * unit * np.abs(reference).max()
+    found = steps(smedjan.load(smollm2, backend="cpu_native", dtype=dtype), ids + text)
+    assert np.abs(found - reference).max() <= off
+    for ours, theirs in zip(found, reference, strict=True):
+        assert theirs.max() - theirs[ours.argmax()] <= 2 * off
+    agreed = (found.argmax(-1) == reference.argmax(-1)).mean()
+    assert agreed >= (1.0 if dtype == "float32" else 0.75)

@@ -185,6 +185,27 @@ def test_z_loss_is_palms():
     assert names == ["input", "input", "input", "input", "linear", "log_softmax", "nll_loss", "divide_by"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("smoothing", [0.1, 0.45])
+def test_label_smoothing_is_torchs_to_the_bit(smoothing, dtype):
+    """Of transformers' loss (fixed_cross_entropy: reduction "sum", over num_items), value and gradients."""
+    x, w, n = normal(5, 8).to(dtype), normal(7, 8).to(dtype), torch.tensor(3.0)
+    leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
+    logits = torch.nn.functional.linear(*leaves).float()
+    loss = torch.nn.functional.cross_entropy(logits, LABELS, reduction="sum", label_smoothing=smoothing) / n
+    graph = Graph()
+    name = str(dtype).removeprefix("torch.")
+    inputs = [graph.input("x", (5, 8), name), graph.input("w", (7, 8), name)]
+    inputs += [graph.input("labels", (5,), "int64"), graph.input("n", (), "float32")]
+    graph.output("loss", linear_cross_entropy(*inputs, smoothing=smoothing))
+    graph = decompose(graph, RULES.has)
+    for key, gradient in zip("xw", grad(graph.outputs["loss"], [graph.inputs[k] for k in "xw"]), strict=True):
+        graph.output(f"d{key}", gradient)
+    made = Program(graph, RULES)({"x": x, "w": w, "labels": LABELS, "n": n})
+    for key, theirs in zip(("loss", "dx", "dw"), (loss.detach(), *torch.autograd.grad(loss, leaves)), strict=True):
+        assert_bits(made[key], theirs, key)
+
+
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_linear_kl_is_torchs(direction):
     (x, w, z), (t, u, teacher) = plain_head(0), plain_head(1)

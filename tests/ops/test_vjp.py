@@ -25,6 +25,7 @@ from smedjan.ops.loss import (
     log_softmax,
     nll_loss,
     pick,
+    smooth_loss,
     sum_trained,
 )
 from smedjan.ops.norm import layer_norm, mean_last, rms_norm
@@ -113,9 +114,10 @@ CASES: dict[str, Case] = {
     ),
     "pick": (pick, ((4, 7), LABELS)),
     "sum_trained": (sum_trained, ((4, 7), LABELS)),
+    "smooth_loss": (smooth_loss, ((4, 7), LABELS)),
     "sum_trained of numbers": (sum_trained, ((4,), LABELS)),
     "linear_cross_entropy z-loss": (
-        lambda x, w, y, n: linear_cross_entropy(x, w, y, n, grads="xw", cap=2.0, z_loss=0.1),
+        lambda x, w, y, n: linear_cross_entropy(x, w, y, n, grads="xw", cap=2.0, z_loss=0.1, smoothing=0.2),
         ((4, 8), (7, 8), LABELS, torch.tensor(3.0)),
     ),
     "linear_kl": (

@@ -15,6 +15,7 @@ from smedjan.checkpoint.dtype import to_float32
 from smedjan.data.collate import collate
 from smedjan.data.formats import Source
 from smedjan.data.mask import Example
+from smedjan.data.pack import pack
 from smedjan.hf.load import open_model, open_session
 from smedjan.runtime.select import backend as select_backend
 from tests.tolerances import assert_near
@@ -93,6 +94,28 @@ def test_gradients_of_every_split(tiny, peer_trainer, backend, split):
     assert set(ours) == set(truth)
     for name, gradient in ours.items():
         assert_near(name, gradient, truth[name], theirs[name])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_packing_leaks(tiny, peer_trainer, seed):
+    """Documents of any lengths, packed by best fit: loss and gradients of separate rows, held as above."""
+    chance = np.random.default_rng(seed)
+    lengths = chance.integers(3, MAX_LENGTH + 1, chance.integers(2, 9)).tolist()
+    documents = [example(length, 100 * seed + n, int(chance.integers(0, 3))) for n, length in enumerate(lengths)]
+    rows = [[documents[index] for index in row] for row in pack(lengths, MAX_LENGTH)]
+    separate = [collate([[document]], max_length=MAX_LENGTH, pad_to=1, pad_id=0) for document in documents]
+    packed = [collate(rows, max_length=MAX_LENGTH, pad_to=16, pad_id=0)]
+    assert len(rows) < len(documents) or sum(sorted(lengths)[:2]) > MAX_LENGTH
+    session = open_on("torch_reference", tiny)
+    items = sum(batch.trained_tokens for batch in separate)
+    truth, plain = (peer_trainer(tiny, dtype, lr=1.0, clip=0.0) for dtype in (torch.float64, torch.float32))
+    losses = [truth.backward(separate), plain.backward(separate)]
+    loss = host(session, session.micro(packed[0], (), num_items=items)[0])
+    expected, theirs = (torch.tensor([value], dtype=torch.float64) for value in losses)
+    assert_near("loss", loss.reshape(1), expected, theirs)
+    right, near = truth.gradients(), plain.gradients()
+    for name, gradient in gradients(session, packed).items():
+        assert_near(name, gradient, right[name], near[name])
 
 
 def test_a_mean_of_means_is_not_within_the_bound(tiny):

@@ -22,11 +22,14 @@ NEEDED: dict[str, object] = {"model": "m", "data": "d.jsonl", "out": "o"}
 
 FLAGS = """model data eval-data out method resume dry-run seed backend dtype
 train.steps train.epochs train.batch-size train.grad-accum train.max-length train.packing train.loss-on train.too-long
-train.save-every train.keep train.eval-every train.attention train.fp8 train.memory
+train.save-every train.keep train.eval-every train.sample-every train.sample-prompts train.track
+train.attention train.fp8 train.memory train.freeze train.only
+train.z-loss train.label-smoothing train.neftune train.new-tokens
 optim.name optim.lr optim.lr-pattern optim.weight-decay optim.master optim.clip optim.schedule optim.warmup
 optim.max-skipped optim.momentum optim.muon-adjust optim.adamw-lr optim.rho optim.hessian-every
 train.ema train.patience train.min-delta optim.state optim.rounding optim.cycles optim.beta1 optim.beta2 optim.eps
 lora.rank lora.alpha lora.dropout lora.targets lora.last-layers
+lora.modules-to-save
 lora.rslora lora.rank-pattern lora.alpha-pattern"""
 
 
@@ -300,6 +303,7 @@ def test_the_hash_holds_what_decides_the_numbers() -> None:
         replace(base, model="other", data=Path("x"), eval_data=Path("y"), out=Path("z"), resume=True, dry_run=True),
         replace(base, backend="mlx_metal"),
         replace(base, train=replace(base.train, save_every=7, keep=7, eval_every=7)),
+        replace(base, train=replace(base.train, sample_every=7, sample_prompts="x", track=("tensorboard",))),
         replace(base, optim=replace(base.optim, lr=0.0005, max_skipped=7)),
         from_flags(optim__lr="5e-4", train__epochs="1"),
     ]

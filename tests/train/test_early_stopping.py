@@ -15,8 +15,10 @@ from smedjan.checkpoint.run_dir import checkpoint_of, load_checkpoint, sha256_of
 from smedjan.errors import CheckpointError, ConfigError
 from smedjan.hf.load import open_model
 from smedjan.train import finetune as module
+from smedjan.train.config import TrainConfig
 from smedjan.train.evaluation import batches, evaluate_loss, program_of
 from smedjan.train.finetune import Finetune
+from smedjan.train.largest import largest_bytes
 from smedjan.train.progress import Progress
 
 LOSSES = [3.0, 2.0, 1.95, 2.5, 1.94, 1.0]
@@ -89,9 +91,9 @@ def test_without_patience_the_last_weights_stay(watched, losses):
 
 def test_a_loss_that_is_not_finite_is_never_the_best():
     progress = Progress()
-    assert not progress.after_evaluation(1, float("nan"), patience=2, min_delta=0.0)
-    assert progress.after_evaluation(2, 5.0, patience=2, min_delta=0.0)
-    assert not progress.after_evaluation(3, float("nan"), patience=2, min_delta=0.0)
+    assert not progress.after_evaluation(1, float("nan"), TrainConfig(patience=2))
+    assert progress.after_evaluation(2, 5.0, TrainConfig(patience=2))
+    assert not progress.after_evaluation(3, float("nan"), TrainConfig(patience=2))
     assert (progress.best_step, progress.waited, progress.stopped_early) == (2, 1, False)
 
 
@@ -136,7 +138,7 @@ def test_an_evaluation_needs_no_more_memory_than_training(configure, write_rows,
     config = configure(**data, **lora, backend=backend, train__steps=2, train__batch_size=8, train__loss_on="all")
     parts = Finetune(config)
     trainer = parts.trainer()
-    session, most = trainer.session, parts.largest_program(trainer).peak_bytes
+    session, most = trainer.session, largest_bytes(parts, trainer)
     given = {"batch_size": 8, "max_length": parts.max_length}
     [whole] = batches(session, parts.eval_dataset, **given, most_bytes=None)
     assert program_of(session, whole).peak_bytes > most

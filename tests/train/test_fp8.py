@@ -206,12 +206,13 @@ def test_a_run_shows_them_before_its_first_step(runs, capsys):
     assert "fp8" not in plan_without
     assert all("fp8" not in event for event in plain)
     errors = plan["fp8"]
-    assert events[0] == {"step": 0, "fp8": summary(errors)}
-    assert events[0]["fp8"]["worst"] == max(errors.values()) == errors[events[0]["fp8"]["worst_layer"]]
-    assert events[0]["fp8"]["median"] == np.median(list(errors.values()))
-    assert [event["step"] for event in events[1:] if "loss" in event] == [1, 2, 3]
+    assert "header" in events[0]
+    assert events[1] == {"step": 0, "fp8": summary(errors)}
+    assert events[1]["fp8"]["worst"] == max(errors.values()) == errors[events[1]["fp8"]["worst_layer"]]
+    assert events[1]["fp8"]["median"] == np.median(list(errors.values()))
+    assert [event["step"] for event in events[2:] if "loss" in event] == [1, 2, 3]
     with Bar(STEPS) as bar:
-        bar(events[0])
+        bar(events[1])
     shown = " ".join(capsys.readouterr().err.split())
     assert "fp8: 14 linear layers in 8-bit floats; relative error on the first batch: median 3." in shown
 

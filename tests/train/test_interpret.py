@@ -40,12 +40,13 @@ def test_the_command_is_the_run(command, tmp_path):
     given, run = command
     done = run("--interpret", "--out", str(tmp_path / "command"))
     assert done.returncode == 0, done.stderr
-    *steps, last = (json.loads(line) for line in done.stdout.splitlines())
+    header, *steps, last = (json.loads(line) for line in done.stdout.splitlines())
     seen = []
     made = smedjan.finetune(
         FinetuneConfig.from_toml(None, {**given, "out": str(tmp_path / "here")}), on_step=seen.append
     )
-    assert [step["loss"] for step in steps] == [event["loss"] for event in seen]
+    assert [step["loss"] for step in steps] == [event["loss"] for event in seen[1:]]
+    assert header["header"]["plan_hash"] == seen[0]["header"]["plan_hash"] == made.plan_hash
     assert last["weights_sha256"] == made.weights_sha256
     assert last["plan_hash"] == made.plan_hash
 

@@ -46,10 +46,14 @@ def test_a_run_is_lora_on_the_dequantised_weights(configure, dequantised, read_l
     flags = {**QLORA, "dtype": dtype, "backend": on, "lora__dropout": 0.1}
     ours = smedjan.finetune(configure("ours", **flags))
     theirs = smedjan.finetune(configure("theirs", **{**flags, "method": "lora", "model": str(dequantised(dtype))}))
-    assert ours.weights_sha256 == theirs.weights_sha256
     losses = [[(step["loss"], step["grad_norm"]) for step in read_log(run.run_dir).steps] for run in (ours, theirs)]
-    assert losses[0] == losses[1]
     assert losses[0][0][1] > 0
+    if on == "torch_reference":
+        assert ours.weights_sha256 == theirs.weights_sha256
+        assert losses[0] == losses[1]
+    else:  # products of stacked weights sum in another order
+        near = 1e-5 if dtype == "float32" else 2**-8
+        assert losses[0] == [pytest.approx(step, rel=near) for step in losses[1]]
 
 
 def test_triton_runs_it(configure, read_log):

@@ -113,7 +113,7 @@ def test_kill_9_then_resume(seeded, read_log):
         assert [event["step"] for event in read_log(config.out).steps] == list(range(1, STEPS + 1))
         losses = [[event["loss"] for event in read_log(run.run_dir).steps] for run in (whole, resumed)]
         assert losses[0] == losses[1]
-        began.append(seen[0]["step"])
+        began.append(seen[0]["step"] + 1)
         assert at - config.train.save_every < began[-1], "no more than save_every steps are lost"
     assert max(began) > 2, "the runs went on from a checkpoint, and did not begin anew"
 
@@ -140,7 +140,7 @@ def test_ctrl_c(configure, read_log, method):
     )
     log = config.out / "smedjan" / "log.jsonl"
     until = time.monotonic() + 60
-    while not (log.exists() and log.read_bytes().count(b"\n") >= 3):
+    while not (log.exists() and log.read_bytes().count(b"\n") >= 4):
         assert child.poll() is None, child.communicate()[1]
         assert time.monotonic() < until, "no step in a minute"
         time.sleep(0.002)
@@ -153,7 +153,7 @@ def test_ctrl_c(configure, read_log, method):
     assert len(read_log(config.out).steps) == stopped, "the step was finished"
     seen = []
     resumed = smedjan.finetune(replace(config, resume=True), on_step=seen.append)
-    assert seen[0]["step"] == stopped + 1, "no step is lost"
+    assert seen[1]["step"] == stopped + 1, "no step is lost"
     assert resumed.weights_sha256 == smedjan.finetune(configure("whole", **flags)).weights_sha256
 
 
@@ -224,7 +224,7 @@ def test_resume_with_other_rows(configure, pairs, write_rows):
     rows = [json.loads(line) for line in lines]
     rows[7]["completion"] = "world 9"
     other = write_rows(rows, "other.jsonl")
-    with pytest.raises(SmedjanError, match="data_sha256"):
+    with pytest.raises(SmedjanError, match="the rows are not those"):
         smedjan.finetune(configure(data=str(other), train__steps=6, train__save_every=1, resume=True))
 
 

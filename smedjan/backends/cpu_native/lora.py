@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from itertools import accumulate
 
-from smedjan.backends.cpu_native.table import RULES
+import torch
+from torch import Tensor
+
+from smedjan.backends.cpu_native.linear import product, scaled
+from smedjan.backends.cpu_native.table import PLANNED, RULES
+from smedjan.backends.planned.launch import Launches
+from smedjan.backends.planned.rows import as_rows
+from smedjan.ops.lora import group_parts
 
 LABEL = "cpu_native fused lora_linear"
 
@@ -39,3 +47,180 @@ def lora_linear_bwd(dy, x, weight, a, b, low, acc, *, needs, scaling):
     if needs[2]:
         made.append((flat.t() @ _rows(low)).mul_(scaling))
     return made[0] if len(made) == 1 else tuple(made)
+
+
+# Of plans: layers of one input as one product with their stacked weights, their A as another one; each B adds its part.
+
+GROUP = "aten mm + addmm, stacked"
+
+
+def _columns(weights: Sequence[Tensor]) -> list[slice]:
+    """Where each member lies in y."""
+    ends = list(accumulate(weight.shape[0] for weight in weights))
+    return [slice(end - weight.shape[0], end) for end, weight in zip(ends, weights, strict=True)]
+
+
+def _wide(run: Launches, x: Tensor) -> Tensor:
+    """Rows of x in float32, as adapters read them."""
+    if x.dtype == torch.float32:
+        return x
+    wide = run.scratch(tuple(x.shape), torch.float32)
+    run.library("aten copy", Tensor.copy_, wide, x)
+    return wide
+
+
+def _adapted(weights: Sequence[Tensor], adapted: tuple[bool, ...]) -> list[slice]:
+    return [columns for columns, has in zip(_columns(weights), adapted, strict=True) if has]
+
+
+def _forward(
+    run: Launches,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    outs: tuple,
+    *,
+    adapted: tuple[bool, ...],
+    scaling: float,
+    together: bool,
+) -> None:
+    """Beside bfloat16 weights, the base's product is rounded, as PEFT's is, then the sum."""
+    y, low = outs
+    x = as_rows(x)
+    rank, rows = a[0].shape[0], x.shape[0]
+    low = run.scratch((rows, rank * len(a)), torch.float32) if low is None else as_rows(low)
+    product(run, _wide(run, x), run.stacked(a).t(), low)
+    if y is None:
+        return
+    y = as_rows(y)
+    if together:
+        bias = run.stacked(biases) if biases else None
+        product(run, x, run.stacked(weights).t(), y, plus=bias)
+    else:
+        for index, (columns, weight) in enumerate(zip(_columns(weights), weights, strict=True)):
+            product(run, x, weight.t(), y[:, columns], plus=biases[index] if biases else None)
+    for index, (columns, expand) in enumerate(zip(_adapted(weights, adapted), b, strict=True)):
+        part = low[:, index * rank : (index + 1) * rank]
+        if y.dtype == torch.float32:
+            scaled(run, part, expand.t(), y[:, columns], scaling, add=True)
+        else:
+            run.library("aten addmm", _add_rounded, y[:, columns], part, expand, scaling)
+
+
+def _add_rounded(y: Tensor, low: Tensor, expand: Tensor, factor: float) -> None:
+    y.copy_(torch.addmm(y.float(), low, expand.t(), alpha=factor))
+
+
+def _backward(
+    run: Launches,
+    dy: Tensor,
+    x: Tensor,
+    low: Tensor,
+    acc: Tensor | None,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    outs: tuple,
+    *,
+    adapted: tuple[bool, ...],
+    needs: tuple[bool, bool],
+    scaling: float,
+    together: bool,
+) -> None:
+    dy, x, low = as_rows(dy), as_rows(x), as_rows(low)
+    rank, rows = a[0].shape[0], dy.shape[0]
+    dx = outs[0] if needs[0] else None
+    grads = outs[1:] if needs[0] else outs
+    wide, columns = _wide(run, dy), _adapted(weights, adapted)
+    g = run.scratch((rows, rank * len(a)), torch.float32)
+    for index, (own, expand) in enumerate(zip(columns, b, strict=True)):
+        scaled(run, wide[:, own], expand, g[:, index * rank : (index + 1) * rank], scaling, add=False)
+    if needs[1]:
+        das, dbs = grads[: len(a)], grads[len(a) :]
+        if all(da is not None for da in das):
+            product(run, g.t(), _wide(run, x), run.stacked(das))
+        for index, (own, db) in enumerate(zip(columns, dbs, strict=True)):
+            if db is not None:
+                scaled(run, wide[:, own].t(), low[:, index * rank : (index + 1) * rank], db, scaling, add=False)
+    if dx is None:
+        return
+    dx = as_rows(dx)
+    plus = None if acc is None else as_rows(acc)
+    if together:
+        product(run, dy, run.stacked(weights), dx, plus=plus)
+    else:
+        for own, weight in zip(_columns(weights), weights, strict=True):
+            product(run, dy[:, own], weight, dx, plus=plus)
+            plus = dx
+    if dx.dtype == torch.float32:
+        scaled(run, g, run.stacked(a), dx, 1.0, add=True)
+    else:
+        run.library("aten addmm", _add_rounded, dx, g, run.stacked(a).t(), 1.0)
+
+
+@PLANNED.kernel("lora_linear", label="aten mm + addmm")
+def planned_lora_linear(run: Launches, ins: tuple, outs: tuple, *, scaling: float) -> None:
+    x, weight, bias, a, b = ins
+    biases = [] if bias is None else [bias]
+    _forward(run, x, [weight], biases, [a], [b], outs, adapted=(True,), scaling=scaling, together=False)
+
+
+@PLANNED.kernel(
+    "lora_linear_bwd", label="aten mm + addmm", inplace=lambda node: ((0, 6),) if node.attrs["needs"][0] else ()
+)
+def planned_lora_linear_bwd(
+    run: Launches, ins: tuple, outs: tuple, *, needs: tuple[bool, bool, bool], scaling: float
+) -> None:
+    dy, x, weight, a, b, low, acc = ins
+    found = iter(outs)
+    dx, da, db = (next(found) if need else None for need in needs)
+    made = ((dx,) if needs[0] else ()) + (da, db)
+    _backward(
+        run,
+        *(dy, x, low, acc, [weight], [a], [b], made),
+        adapted=(True,),
+        needs=(needs[0], needs[1] or needs[2]),
+        scaling=scaling,
+        together=False,
+    )
+
+
+@PLANNED.kernel("lora_linear_group", label=GROUP)
+def planned_lora_linear_group(
+    run: Launches,
+    ins: tuple,
+    outs: tuple,
+    *,
+    adapted: tuple[bool, ...],
+    biased: bool,
+    scaling: float,
+    together: bool,
+) -> None:
+    x, *tensors = ins
+    weights, biases, a, b = group_parts(tensors, adapted, biased)
+    _forward(run, x, weights, biases, a, b, outs, adapted=adapted, scaling=scaling, together=together)
+
+
+@PLANNED.kernel("lora_linear_group_bwd", label=GROUP, inplace=lambda node: ((0, 3),) if node.attrs["needs"][0] else ())
+def planned_lora_linear_group_bwd(
+    run: Launches,
+    ins: tuple,
+    outs: tuple,
+    *,
+    adapted: tuple[bool, ...],
+    needs: tuple[bool, bool],
+    scaling: float,
+    together: bool,
+) -> None:
+    dy, x, low, acc, *tensors = ins
+    weights, _, a, b = group_parts(tensors, adapted, False)
+    _backward(
+        run,
+        *(dy, x, low, acc, weights, a, b, outs),
+        adapted=adapted,
+        needs=needs,
+        scaling=scaling,
+        together=together,
+    )

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from smedjan.backends.cpu_native.table import RULES
+from smedjan.backends.cpu_native.linear import product
+from smedjan.backends.cpu_native.native.team import call, step
+from smedjan.backends.cpu_native.table import DTYPES, PLANNED, RULES, compiled
+from smedjan.backends.planned.launch import Launches
+from smedjan.backends.planned.rows import as_rows
+from smedjan.graph.node import Node
 
 CHUNK_ROWS = 256
 """Rows of logits held at once: 50 MB in float32 for a vocabulary of 49,152."""
 
 
-def _without_z_loss(node):
-    return not node.attrs["z_loss"]
-
-
-@RULES.rule("linear_cross_entropy", label="cpu_native fused head", supports=_without_z_loss)
-def linear_cross_entropy(x, weight, labels, num_items, *, grads, scaling, divisor, cap, z_loss):
+@RULES.rule("linear_cross_entropy", label="cpu_native fused head")
+def linear_cross_entropy(x, weight, labels, num_items, *, grads, scaling, divisor, cap, z_loss, smoothing):
+    """dz = p (1 + 2 z_loss lse) - (1 - smoothing) onehot(label) - smoothing / V"""
     rows = x.reshape(-1, x.shape[-1])
     factor = scaling / divisor
     total = torch.zeros((), dtype=torch.float32)
@@ -28,13 +31,24 @@ def linear_cross_entropy(x, weight, labels, num_items, *, grads, scaling, diviso
         if factor != 1.0:
             logits.mul_(factor)
         capped = torch.tanh(logits.div_(cap)) if cap else None
-        log_probs = torch.log_softmax(logits if capped is None else capped * cap, -1)
+        scores = logits if capped is None else capped * cap
+        log_probs = torch.log_softmax(scores, -1)
         index = target.clamp(min=0).unsqueeze(-1)
-        total -= log_probs.gather(-1, index).squeeze(-1)[trained].sum()
+        picked = log_probs.gather(-1, index)
+        total -= picked[trained].sum() * (1.0 - smoothing)
+        if smoothing:
+            total -= log_probs.sum(-1)[trained].sum() * (smoothing / len(weight))
+        lse = scores.gather(-1, index) - picked if z_loss else None  # z[v] - log p[v] of any v
+        if lse is not None:
+            total += lse[trained].square().sum() * z_loss
         if not grads:
             continue
         dlogits = log_probs.exp_()
-        dlogits.scatter_add_(-1, index, dlogits.new_full(index.shape, -1.0))
+        if lse is not None:
+            dlogits.mul_(lse.mul_(2.0 * z_loss).add_(1.0))
+        if smoothing:
+            dlogits.sub_(smoothing / len(weight))
+        dlogits.scatter_add_(-1, index, dlogits.new_full(index.shape, smoothing - 1.0))
         dlogits.mul_(trained.unsqueeze(-1) * factor / num_items)
         if capped is not None:
             dlogits.mul_(capped.square_().neg_().add_(1.0))
@@ -45,3 +59,69 @@ def linear_cross_entropy(x, weight, labels, num_items, *, grads, scaling, diviso
             dweight.addmm_(dlogits.t(), part.float())
     dx = dx.reshape(x.shape) if "x" in grads else dx
     return total / num_items, dx, weight.new_empty((0,)) if dweight is None else dweight.to(weight.dtype)
+
+
+# Of plans: a chunk of logits becomes its gradient where it lies. Formulas in native/src/loss_rows.c.
+
+
+def _rising(node: Node) -> bool:
+    """A gain above zero: the largest logit is the largest z."""
+    return node.attrs["scaling"] / node.attrs["divisor"] > 0.0 and compiled(node)
+
+
+@PLANNED.kernel("linear_cross_entropy", label="native cross_entropy + aten mm", supports=_rising)
+def planned_cross_entropy(
+    run: Launches,
+    ins: tuple,
+    outs: tuple,
+    *,
+    grads: str,
+    scaling: float,
+    divisor: float,
+    cap: float,
+    z_loss: float,
+    smoothing: float,
+) -> None:
+    x, weight, labels, num_items = ins
+    loss, dx, dweight = outs
+    dx, dweight = dx if "x" in grads else None, dweight if "w" in grads else None
+    rows, count, vocab = as_rows(x), labels.shape[0], weight.shape[0]
+    logits = run.scratch((min(count, CHUNK_ROWS), vocab), x.dtype)
+    losses = run.scratch((max(count, 1),), torch.float32)
+    total = dweight
+    if dweight is not None and dweight.dtype != torch.float32 and count > CHUNK_ROWS:
+        total = run.scratch(tuple(weight.shape), torch.float32)  # the sum over chunks is rounded once
+    for start in range(0, count, CHUNK_ROWS):
+        part = slice(start, min(start + CHUNK_ROWS, count))
+        made = logits[: part.stop - start]
+        product(run, rows[part], weight.t(), made)
+        entropy = step(
+            f"cross_entropy_{DTYPES[x.dtype]}",
+            (made, labels[part], num_items, losses[part]),
+            (*made.shape, made.stride(0), int(bool(grads))),
+            (scaling / divisor, cap, z_loss, smoothing),
+        )
+        call(run, "cross_entropy", entropy)
+        if dx is not None:
+            product(run, made, weight, as_rows(dx)[part])
+        if total is not None:
+            run.library("aten mm", _outer, total, made, rows[part], start > 0)
+    if total is not dweight:
+        run.library("aten copy", Tensor.copy_, dweight, total)
+    if loss is not None:
+        run.library("aten sum", _mean, losses[:count], num_items, loss)
+
+
+def _outer(total: Tensor, dlogits: Tensor, x: Tensor, add: bool) -> None:
+    """total (+)= dlogits^T x, in total's dtype"""
+    a, b = dlogits.t(), x
+    if a.dtype != total.dtype:
+        a, b = a.to(total.dtype), b.to(total.dtype)
+    if add:
+        total.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=total)
+
+
+def _mean(losses: Tensor, num_items: Tensor, loss: Tensor) -> None:
+    loss.copy_(losses.sum() / num_items)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from smedjan.backends.cpu_native.table import RULES
+import torch
+from torch import Tensor
+
+from smedjan.backends.cpu_native.native.team import call, step, threads
+from smedjan.backends.cpu_native.table import DTYPES, PLANNED, RULES, compiled
+from smedjan.backends.planned.launch import Launches
+from smedjan.backends.planned.rows import row_blocks
+from smedjan.graph.node import Node
 
 
 def _gain(weight, offset):
@@ -53,3 +60,80 @@ def layer_norm_bwd(x, weight, bias, mean, rstd, dy, acc, *, needs, eps, composed
     if acc is not None:
         kept[0].add_(acc)
     return kept[0] if len(kept) == 1 else tuple(kept)
+
+
+# Of plans: one pass over a row while it is in the cache. Formulas in native/src/norm_rows.c.
+
+NATIVE = "native rms_norm"
+
+
+def _stride(rows: Tensor | None) -> int:
+    return 0 if rows is None else rows.stride(0)
+
+
+def _rms(
+    run: Launches,
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    outs: tuple,
+    *,
+    eps: float,
+    weight_cast: str,
+    offset: float,
+    factor: float,
+) -> None:
+    total, y, rstd = outs
+    steps = []
+    for rows, deltas, totals, made, rstds in row_blocks((x, delta, total, y), (rstd,)):
+        assert rows is not None
+        numbers = (
+            *rows.shape,
+            *map(_stride, (rows, deltas, totals, made)),
+            int(weight_cast == "after"),
+            _stride(rstds),
+        )
+        kernel = f"rms_fwd_{DTYPES[x.dtype]}"
+        steps.append(step(kernel, (rows, deltas, weight, totals, made, rstds), numbers, (eps, offset, factor)))
+    call(run, "rms_norm", *steps)
+
+
+@PLANNED.kernel("rms_norm", label=NATIVE, supports=compiled, inplace=((0, 0),), strided=True)
+def planned_rms_norm(run: Launches, ins: tuple, outs: tuple, **attrs: Any) -> None:
+    x, weight = ins
+    _rms(run, x, None, weight, (None, *outs), factor=1.0, **attrs)
+
+
+@PLANNED.kernel("add_rms_norm", label=NATIVE, supports=compiled, inplace=((0, 0), (0, 1), (1, 1), (1, 0)))
+def planned_add_rms_norm(run: Launches, ins: tuple, outs: tuple, **attrs: Any) -> None:
+    x, delta, weight = ins
+    total, y, rstd = outs
+    if total is None:  # the norm reads it
+        total = run.scratch(tuple(x.shape), x.dtype)
+    _rms(run, x, delta, weight, (total, y, rstd), **attrs)
+
+
+def _over(node: Node) -> tuple[tuple[int, int], ...]:
+    return ((0, 4), (0, 3)) if node.attrs["needs"][0] else ()
+
+
+@PLANNED.kernel("rms_norm_bwd", label=NATIVE, supports=compiled, inplace=_over, strided=True)
+def planned_rms_norm_bwd(
+    run: Launches, ins: tuple, outs: tuple, *, needs: tuple[bool, bool], eps: float, weight_cast: str, offset: float
+) -> None:
+    x, weight, rstd, dy, acc = ins
+    found = iter(outs)
+    dx, dweight = (next(found) if need else None for need in needs)
+    parts = None
+    if dweight is not None:
+        parts = run.scratch((threads(), x.shape[-1]), torch.float32)
+        run.library("aten zero", Tensor.zero_, parts)
+    steps = []
+    for rows, dys, waiting, made, rstds in row_blocks((x, dy, acc, dx), (rstd,)):
+        assert rows is not None
+        numbers = (*rows.shape, *map(_stride, (rows, dys, waiting, made, rstds)))
+        kernel = f"rms_bwd_{DTYPES[x.dtype]}"
+        steps.append(step(kernel, (rows, weight, rstds, dys, waiting, made, parts), numbers, (offset,)))
+    call(run, "rms_norm_bwd", *steps)
+    if dweight is not None:
+        call(run, "sum_parts", step(f"sum_parts_{DTYPES[dweight.dtype]}", (parts, dweight), (threads(), x.shape[-1])))

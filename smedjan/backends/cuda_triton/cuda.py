@@ -72,6 +72,10 @@ class CudaTriton(TorchBackend):
             memory = torch.cuda.get_device_properties(0).total_memory - RESERVED
         return Pool(torch.device(self.device), None if memory is None else memory - reserved)
 
+    def peak_flops(self, dtype: str) -> float | None:
+        """Unknown in the interpreter, whose speed is nobody's."""
+        return super().peak_flops(dtype) if self.device == "cuda" else None
+
     def fuse(self, graph: Graph) -> Graph:
         return fuse(graph, self._has)
 

@@ -153,12 +153,13 @@ def cross_entropy(
     shaping: Shaping,
     *,
     z_loss: float = 0.0,
+    smoothing: float = 0.0,
     gradient: bool,
 ) -> None:
     """logits [R, V] -> losses [R] float32, unless None; with `gradient`, dlogits over them."""
     if losses is None and not gradient:
         return
-    given = (labels, num_items, losses, shaping.tilt, shaping.unit, shaping.gain, z_loss)
+    given = (labels, num_items, losses, shaping.tilt, shaping.unit, shaping.gain, z_loss, smoothing or None)
     _row_launch(run, kernels.cross_entropy, logits, *given, CAPPED=shaping.capped, GRADIENT=gradient)
 
 
@@ -198,6 +199,7 @@ def linear_cross_entropy(
     divisor: float,
     cap: float,
     z_loss: float,
+    smoothing: float,
 ) -> None:
     """x [..., D], weight [V, D], labels [R], num_items [] -> loss [], dx, dweight for a cotangent of one."""
     x, weight, labels, num_items = ins
@@ -212,10 +214,11 @@ def linear_cross_entropy(
     gradients = Gradients(run, head, dx, dweight)
     shaping = Shaping.of(scaling=scaling, divisor=divisor, cap=cap)
     losses = None if loss is None else run.scratch((rows,), torch.float32)
+    how = {"z_loss": z_loss, "smoothing": smoothing}
     for part in _chunks(rows, chunk):
         logits = head.logits(run, part)
         own = None if losses is None else losses[part]
-        cross_entropy(run, logits, labels[part], num_items, own, shaping, z_loss=z_loss, gradient=gradients.wanted)
+        cross_entropy(run, logits, labels[part], num_items, own, shaping, **how, gradient=gradients.wanted)
         gradients.add(run, logits, part)
     gradients.finish(run)
     if losses is not None:

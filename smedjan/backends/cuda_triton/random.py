@@ -1,4 +1,4 @@
-"""Dropout and its mask on Triton: rules over `kernels/random.py`. Formulas there."""
+"""Dropout, its mask and noise on Triton: rules over `kernels/random.py`. Formulas there."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ def keep_mask(run: Launches, ins: tuple, outs: tuple, *, shape: tuple[int, ...],
     (key,) = ins
     (mask,) = outs
     _flat(run, None, key, mask, p, site)
+
+
+@RULES.kernel("uniform", label="triton uniform")
+def uniform(run: Launches, ins: tuple, outs: tuple, *, shape: tuple[int, ...], bound: float, site: int) -> None:
+    (key,) = ins
+    (y,) = outs
+    if y.numel():
+        grid, options = (common.cdiv(y.numel(), 4 * COUNTERS),), common.flat_tile().options
+        run.kernel(kernels.uniform, grid, key, y, site, bound, y.numel(), COUNTERS=COUNTERS, **options)
 
 
 @RULES.kernel("dropout", label="triton keep", inplace=same_place)

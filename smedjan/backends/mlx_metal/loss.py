@@ -47,6 +47,18 @@ def nll_loss_bwd(dy: mx.array, log_probs: mx.array, labels: mx.array) -> mx.arra
     return mx.where(_is_target(labels, log_probs.shape[1]), -dy, mx.zeros((), dtype=dy.dtype)).astype(log_probs.dtype)
 
 
+@RULES.rule("smooth_loss")
+def smooth_loss(log_probs: mx.array, labels: mx.array) -> mx.array:
+    rows = wide(log_probs).sum(axis=-1)
+    return -mx.where(labels != IGNORE, rows, 0.0).sum().astype(log_probs.dtype)
+
+
+@RULES.rule("smooth_loss_bwd")
+def smooth_loss_bwd(dy: mx.array, log_probs: mx.array, labels: mx.array) -> mx.array:
+    rows = mx.where(labels != IGNORE, -dy, mx.zeros((), dtype=dy.dtype))
+    return mx.broadcast_to(rows[:, None], log_probs.shape).astype(log_probs.dtype)
+
+
 @RULES.rule("pick")
 def pick(x: mx.array, labels: mx.array) -> mx.array:
     return _picked(x, labels).astype(x.dtype)
@@ -72,11 +84,7 @@ def _trained(labels: mx.array, x: mx.array) -> mx.array:
     return (labels != IGNORE).reshape(-1, *(1,) * (x.ndim - 1))
 
 
-def _without_z_loss(node) -> bool:
-    return not node.attrs["z_loss"]
-
-
-@RULES.rule("linear_cross_entropy", label="mlx, chunked rows", supports=_without_z_loss)
+@RULES.rule("linear_cross_entropy", label="mlx, chunked rows")
 def linear_cross_entropy(
     x: mx.array,
     weight: mx.array,
@@ -88,8 +96,12 @@ def linear_cross_entropy(
     divisor: float,
     cap: float,
     z_loss: float,
+    smoothing: float,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Gradients for a cotangent of one. dweight is summed over chunks in float32 and rounded once."""
+    """Gradients for a cotangent of one. dweight is summed over chunks in float32 and rounded once.
+
+    dz = p (1 + 2 z_loss lse) - (1 - smoothing) onehot(label) - smoothing / V
+    """
     flat, labels, vocab_size = flat_rows(x), labels.astype(mx.int32), weight.shape[0]
     factor = scaling / divisor
     step = max(1, CHUNK_LOGITS // vocab_size)
@@ -107,11 +119,21 @@ def linear_cross_entropy(
             bent = mx.tanh(scores / cap)
             scores, slope = cap * bent, factor * (1 - mx.square(bent))
         lse = mx.logsumexp(scores, axis=-1)
-        total = total + mx.where(targets != IGNORE, lse - _picked(scores, targets), 0.0).sum()
+        losses = lse - _picked(scores, targets) * (1.0 - smoothing)
+        if smoothing:
+            losses = losses - scores.mean(axis=-1) * smoothing
+        if z_loss:
+            losses = losses + mx.square(lse) * z_loss
+        total = total + mx.where(targets != IGNORE, losses, 0.0).sum()
         if not grads:
             continue
-        probs = mx.exp(scores - lse[:, None]) - _is_target(targets, vocab_size).astype(mx.float32)
-        dscores = (mx.where((targets != IGNORE)[:, None], probs, 0.0) * slope / num_items).astype(x.dtype)
+        probs = mx.exp(scores - lse[:, None])
+        if z_loss:
+            probs = probs * (1.0 + 2.0 * z_loss * lse)[:, None]
+        wrong = probs - _is_target(targets, vocab_size).astype(mx.float32) * (1.0 - smoothing)
+        if smoothing:
+            wrong = wrong - smoothing / vocab_size
+        dscores = (mx.where((targets != IGNORE)[:, None], wrong, 0.0) * slope / num_items).astype(x.dtype)
         if "x" in grads:
             dx_parts.append(dscores @ weight)
         if "w" in grads:

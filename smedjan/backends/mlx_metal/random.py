@@ -36,14 +36,24 @@ def philox(
     return c0, c1, c2, c3
 
 
-@RULES.rule("keep_mask")
-def keep_mask(key: mx.array, *, shape: tuple[int, ...], p: float, site: int) -> mx.array:
+def words_of(key: mx.array, shape: tuple[int, ...], site: int) -> mx.array:
+    """The word of each element of `shape`, uint32."""
     seed_low, seed_high, step, micro = (key[i].astype(mx.uint32) for i in range(4))
     count = math.prod(shape)
     index = mx.arange((count + 3) // 4, dtype=mx.uint32)
     words = mx.stack([*philox((index, _word(site), step, micro), (seed_low, seed_high))], axis=-1)
-    words = words.reshape(-1)[:count]
-    return ((words >> _word(8)) >= _word(round(p * 2**24))).astype(mx.float32).reshape(shape)
+    return words.reshape(-1)[:count].reshape(shape)
+
+
+@RULES.rule("keep_mask")
+def keep_mask(key: mx.array, *, shape: tuple[int, ...], p: float, site: int) -> mx.array:
+    return ((words_of(key, shape, site) >> _word(8)) >= _word(round(p * 2**24))).astype(mx.float32)
+
+
+@RULES.rule("uniform")
+def uniform(key: mx.array, *, shape: tuple[int, ...], bound: float, site: int) -> mx.array:
+    doubled = (words_of(key, shape, site) >> _word(8)).astype(mx.int32) * 2
+    return (doubled + (1 - 2**24)).astype(mx.float32) * 2.0**-24 * bound
 
 
 @RULES.rule("dropout")

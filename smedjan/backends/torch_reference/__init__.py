@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from smedjan.backends.base import Backend
+from smedjan.backends.collective import Collective
 from smedjan.backends.torch_reference import (  # noqa: F401  (each fills RULES)
     activation,
     attention,
@@ -54,6 +55,11 @@ class TorchBackend(Backend):
     def synchronize(self, arrays: Mapping[str, torch.Tensor]) -> None:
         if self.device != "cpu":
             torch.cuda.synchronize()
+
+    def collective(self, *, rank: int, world: int) -> Collective:
+        from smedjan.backends.torch_reference.collective import TorchCollective
+
+        return TorchCollective(self.device, rank=rank, world=world)
 
     def versions(self) -> dict[str, str]:
         return {"torch": torch.__version__}

@@ -34,6 +34,17 @@ def nll_loss_bwd(dy, log_probs, labels):
     return torch.ops.aten.nll_loss_backward(dy, log_probs, labels, None, SUM, IGNORE, total)
 
 
+@RULES.rule("smooth_loss")
+def smooth_loss(log_probs, labels):
+    return (-log_probs.sum(-1)).masked_fill_(labels == IGNORE, 0.0).sum()
+
+
+@RULES.rule("smooth_loss_bwd")
+def smooth_loss_bwd(dy, log_probs, labels):
+    rows = dy.expand(labels.shape).masked_fill(labels == IGNORE, 0.0).neg()
+    return rows.unsqueeze(-1).expand(log_probs.shape)
+
+
 @RULES.rule("pick")
 def pick(x, labels):
     trained = labels != IGNORE

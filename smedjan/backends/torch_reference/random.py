@@ -33,10 +33,21 @@ def philox(counter: tuple[torch.Tensor, int, int, int], key: tuple[int, int]) ->
     return c0, c1, c2, c3
 
 
-@RULES.rule("keep_mask")
-def keep_mask(key, *, shape, p, site):
+def words_of(key: torch.Tensor, shape: tuple[int, ...], site: int) -> torch.Tensor:
+    """The word of each element of `shape`, int64."""
     seed_low, seed_high, step, micro = key.tolist()
     count = math.prod(shape)
     index = torch.arange((count + 3) // 4, dtype=torch.int64, device=key.device)
-    words = torch.stack(philox((index, site, step, micro), (seed_low, seed_high)), dim=-1).reshape(-1)[:count]
-    return ((words >> 8) >= round(p * 2**24)).to(torch.float32).reshape(shape)
+    words = torch.stack(philox((index, site, step, micro), (seed_low, seed_high)), dim=-1)
+    return words.reshape(-1)[:count].reshape(shape)
+
+
+@RULES.rule("keep_mask")
+def keep_mask(key, *, shape, p, site):
+    return ((words_of(key, shape, site) >> 8) >= round(p * 2**24)).to(torch.float32)
+
+
+@RULES.rule("uniform")
+def uniform(key, *, shape, bound, site):
+    odd = ((words_of(key, shape, site) >> 8) << 1) + (1 - 2**24)
+    return odd.to(torch.float32) * 2.0**-24 * bound

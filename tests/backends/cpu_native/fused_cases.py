@@ -25,11 +25,12 @@ from smedjan.ops import attention as att
 from smedjan.ops.activation import ACTIVATIONS, gelu_new, relu2
 from smedjan.ops.elementwise import add
 from smedjan.ops.glu import glu
-from smedjan.ops.linear import linear
-from smedjan.ops.lora import lora_linear
+from smedjan.ops.linear import linear, linear_group
+from smedjan.ops.lora import lora_linear, lora_linear_group
 from smedjan.ops.loss import GRADIENTS_IN_FORWARD, linear_cross_entropy, linear_kl, linear_log_probs
-from smedjan.ops.norm import layer_norm, rms_norm
-from smedjan.ops.rope import rope
+from smedjan.ops.norm import add_rms_norm, layer_norm, rms_norm
+from smedjan.ops.rope import qk_norm_rope, rope
+from smedjan.ops.shape import concat
 from tests.tolerances import UNIT_ROUNDOFF, assert_close
 
 WIDE = RuleTable("float64", parent=ATEN)
@@ -43,6 +44,11 @@ def _widen(x: Array, *, dtype: str) -> Array:
 @WIDE.rule("ones")
 def _one(*, dtype: str) -> Array:
     return torch.ones((), dtype=torch.float64)
+
+
+@WIDE.rule("int8_dequantize")
+def _product(codes: Array, scale: Array, *, dtype: str) -> Array:
+    return codes.double() * scale.double()[:, None]
 
 
 class Float64(TorchReference):
@@ -220,10 +226,16 @@ def _heads() -> dict[str, tuple[str, Case]]:
     made: dict[str, tuple[str, Case]] = {}
     for grads in ("", "x", "xw"):
         for name, shaping in {"": {}, " shaped": {"scaling": 0.7, "divisor": 1.3, "cap": 4.0}}.items():
-            case = _loss(grads, z_loss=0.05, **shaping)
-            made[f"linear_cross_entropy z-loss{name} {grads or 'none'}"] = ("linear_cross_entropy", case)
-    made["linear_cross_entropy z-loss, cotangent"] = ("linear_cross_entropy", _loss("xw", seeded=True, z_loss=0.05))
-    made["linear_cross_entropy z-loss, ignored"] = ("linear_cross_entropy", _loss("xw", ignored=True, z_loss=0.05))
+            for told, terms in {
+                "z-loss": {"z_loss": 0.05},
+                "smoothed": {"smoothing": 0.1},
+                "both": {"z_loss": 0.05, "smoothing": 0.3},
+            }.items():
+                case = _loss(grads, **terms, **shaping)
+                made[f"linear_cross_entropy {told}{name} {grads or 'none'}"] = ("linear_cross_entropy", case)
+    terms = {"z_loss": 0.05, "smoothing": 0.1}
+    made["linear_cross_entropy both, cotangent"] = ("linear_cross_entropy", _loss("xw", seeded=True, **terms))
+    made["linear_cross_entropy both, ignored"] = ("linear_cross_entropy", _loss("xw", ignored=True, **terms))
     for direction in ("forward", "reverse"):
         for grads in ("", "x", "w", "xw"):
             made[f"linear_kl {direction} {grads or 'none'}"] = ("linear_kl", _kl(grads, direction=direction))
@@ -317,3 +329,68 @@ CASES: dict[str, tuple[str, Case]] = _cases()
 
 HEADS: dict[str, tuple[str, Case]] = _heads()
 """Of the head's losses beside the plain cross-entropy, which cuda_triton alone fuses."""
+
+
+def _group(members: str, *, together: bool, biased: bool = False) -> Case:
+    """Layers of one input, "a" with an adapter and "-" without, and a cotangent that waits at it."""
+    adapted = tuple(member == "a" for member in members)
+    arrays = {"x": normal(2, 5, 13)}
+    arrays |= {f"w{at}": normal(3 + 4 * at, 13) for at in range(len(members))}
+    arrays |= {f"c{at}": normal(3 + 4 * at) for at in range(len(members)) if biased}
+    adapters = {f"a{at}": normal(3, 13) for at, has in enumerate(adapted) if has}
+    adapters |= {f"b{at}": normal(3 + 4 * at, 3) for at, has in enumerate(adapted) if has}
+
+    def build(x: Tensor, *tensors: Tensor) -> Tensor:
+        if any(adapted):
+            attrs = {"adapted": adapted, "together": together, "scaling": 1.5}
+            y = lora_linear_group(x, *tensors, biased=biased, **attrs)
+        else:
+            y = linear_group(x, *tensors, biased=biased)
+        return concat(y, x, dim=-1)
+
+    wrt = ("x", *adapters) if adapters else tuple(arrays)
+    return Case(build, arrays | adapters, wrt, kept=tuple(adapters))
+
+
+def _add_norm(when: str, wrt: str, offset: float = 0.0) -> Case:
+    def build(x: Tensor, d: Tensor, w: Tensor) -> Tensor:
+        total, y = add_rms_norm(x, d, w, eps=1e-5, weight_cast=when, offset=offset, factor=0.5)
+        return add(total, y)
+
+    return Case(build, {"x": normal(2, 3, 33), "d": normal(2, 3, 33), "w": normal(33)}, tuple(wrt))
+
+
+def _heads_rope(dim: int, batch: int, **attrs: Any) -> Case:
+    """Of query and key heads together."""
+    angles = normal(batch, 1, 5, dim // 2, scale=2.0).repeat(1, 1, 1, 2)
+    arrays = {"q": normal(2, 6, 5, dim), "k": normal(2, 2, 5, dim), "cos": angles.cos(), "sin": angles.sin()}
+
+    def build(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return concat(*qk_norm_rope(q, k, None, None, cos, sin, **attrs), dim=1)
+
+    return Case(build, arrays, ("q", "k"))
+
+
+GROUPS: dict[str, tuple[str, Case]] = {
+    **{
+        f"lora_linear_group {members}{' apart' if not together else ''}{' bias' if biased else ''}": (
+            "lora_linear_group_bwd",
+            _group(members, together=together, biased=biased),
+        )
+        for members in ("aaa", "a-a", "aa")
+        for together, biased in ((True, False), (True, True), (False, False))
+    },
+    "linear_group": ("linear_group_dw", _group("---", together=True)),
+    "linear_group bias": ("linear_group_dw", _group("--", together=True, biased=True)),
+    "add_rms_norm": ("add_rms_norm", _add_norm("before", "xdw")),
+    "add_rms_norm of a delta": ("add_rms_norm", _add_norm("before", "d")),
+    "add_rms_norm offset": ("add_rms_norm", _add_norm("after", "xdw", 1.0)),
+    "qk_norm_rope": ("qk_norm_rope_bwd", _heads_rope(10, 1)),
+    "qk_norm_rope of rows": ("qk_norm_rope_bwd", _heads_rope(64, 2)),
+}
+"""Of what fusion makes of several ops before a gradient is taken."""
+
+CHUNKED: dict[str, tuple[Case, Case]] = {
+    grads: (_loss(grads, rows=11), _loss(grads, rows=11, z_loss=0.05, smoothing=0.1)) for grads in ("", "x", "w", "xw")
+}
+"""Heads of more rows than a chunk that a test makes small: plain, and with every term."""

@@ -5,10 +5,39 @@ from __future__ import annotations
 import pytest
 import torch
 
-from smedjan.backends.cpu_native import RULES, loss
-from tests.backends.cpu_native.fused_cases import CASES, HEADS, LORA, _loss
+from smedjan.backends.cpu_native import PLANNED, RULES, loss, native
+from tests.backends.cpu_native.fused_cases import CASES, CHUNKED, GROUPS, HEADS, LORA
 
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES | GROUPS)
+def test_planned_op(name, dtype):
+    """A plan's rules, compiled kernels among them."""
+    assert native.available(), "these tests want a compiler"
+    op, case = (CASES | GROUPS)[name]
+    case.check(PLANNED, op, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [name for name in HEADS if HEADS[name][0] == "linear_cross_entropy"])
+def test_planned_head(name, dtype):
+    HEADS[name][1].check(PLANNED, "linear_cross_entropy", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LORA)
+def test_planned_lora_linear(name, dtype):
+    LORA[name].check(PLANNED, "lora_linear", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grads", CHUNKED)
+def test_planned_cross_entropy_by_chunks(grads, dtype, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_ROWS", 4)
+    for case in CHUNKED[grads]:
+        case.check(PLANNED, "linear_cross_entropy", dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -20,9 +49,11 @@ def test_fused_op(name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", HEADS)
-def test_a_head_that_is_decomposed(name, dtype):
-    """Before it is differentiated, where its gradient would have been saved in the forward."""
-    HEADS[name][1].check(RULES, "log_softmax", dtype)
+def test_a_head(name, dtype):
+    """Cross-entropy is fused, whatever its terms; the others are decomposed before they are differentiated, where their
+    gradient would have been saved in the forward."""
+    op, case = HEADS[name]
+    case.check(RULES, op if op == "linear_cross_entropy" else "log_softmax", dtype)
 
 
 @pytest.mark.parametrize("name", LORA)
@@ -32,8 +63,9 @@ def test_lora_linear(name):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("grads", ["", "x", "w", "xw"])
+@pytest.mark.parametrize("grads", CHUNKED)
 def test_cross_entropy_by_chunks_of_rows(grads, dtype, monkeypatch):
     """Chunks of four rows, of which the last has three."""
     monkeypatch.setattr(loss, "CHUNK_ROWS", 4)
-    _loss(grads, rows=11).check(RULES, "linear_cross_entropy", dtype)
+    for case in CHUNKED[grads]:
+        case.check(RULES, "linear_cross_entropy", dtype)

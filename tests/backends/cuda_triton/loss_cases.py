@@ -32,6 +32,7 @@ class Case:
     gain: float = 1.0
     cap: float = 0.0
     z_loss: float = 0.0
+    smoothing: float = 0.0
     temperature: float = 1.0
     direction: str = "forward"
     teacher_dim: int = 5
@@ -39,7 +40,8 @@ class Case:
     size: float = 1.0
 
     def __str__(self) -> str:
-        names = {"gain": 1.0, "cap": 0.0, "z_loss": 0.0, "temperature": 1.0, "direction": "forward", "teacher_cap": 0.0}
+        names = {"gain": 1.0, "cap": 0.0, "z_loss": 0.0, "smoothing": 0.0, "temperature": 1.0}
+        names |= {"direction": "forward", "teacher_cap": 0.0}
         said = [f"{name} {getattr(self, name)}" for name, usual in names.items() if getattr(self, name) != usual]
         shape = f"{self.rows}x{self.dim}x{self.vocab} by {self.chunk}"
         return ", ".join([str(self.dtype).removeprefix("torch."), shape, f"skip {self.skip}", *said])
@@ -73,7 +75,7 @@ class Case:
 ROWS, VOCABS, DIMS = (1, 2, 3, 5, 11), (1, 2, 7, 15, 16, 17, 33, 96, 127, 130, 1000, 2049, 5003), (1, 3, 8, 33, 64)
 LONG = [
     Case(rows=2, vocab=STEP, dim=9),
-    Case(rows=3, vocab=STEP + 1, dim=9, chunk=2, cap=5.0, z_loss=1e-3),
+    Case(rows=3, vocab=STEP + 1, dim=9, chunk=2, cap=5.0, z_loss=1e-3, smoothing=0.1),
     Case(rows=2, vocab=50257, dim=5, dtype=BF16),
     Case(rows=3, vocab=49152, dim=4, skip=3, gain=0.5, temperature=2.0),
 ]
@@ -101,7 +103,7 @@ def generated(seed: int, dtypes: tuple[torch.dtype, ...], **choices: tuple) -> l
 
 
 SHAPING = {"gain": (1.0, 1.0, 0.3, 2.0), "cap": (0.0, 0.0, 5.0, 0.5, 30.0)}
-CROSS_ENTROPY = generated(1, (F32, BF16, F16), **SHAPING, z_loss=(0.0, 1e-4, 0.05))
+CROSS_ENTROPY = generated(1, (F32, BF16, F16), **SHAPING, z_loss=(0.0, 1e-4, 0.05), smoothing=(0.0, 0.0, 0.1, 0.4))
 LOG_PROBS = generated(2, (F32, BF16), **SHAPING)
 KL = generated(
     3,
@@ -146,7 +148,7 @@ def plain_cross_entropy(case: Case, x: Tensor, weight: Tensor, items: float) -> 
     """loss, dx, dweight of transformers' head: logits in x's dtype, the loss in float32."""
     logits, labels = logits_of(case, x, weight), case.labels()
     z = case.shape(logits)
-    total = torch_cross_entropy(z, labels, reduction="sum")
+    total = torch_cross_entropy(z, labels, reduction="sum", label_smoothing=case.smoothing)
     if case.z_loss:
         total = total + case.z_loss * z[labels != -100].logsumexp(-1).square().sum()
     total = total / items
@@ -156,7 +158,7 @@ def plain_cross_entropy(case: Case, x: Tensor, weight: Tensor, items: float) -> 
 def check_cross_entropy(case: Case) -> None:
     x, weight, _, _ = case.arrays()
     items = float(case.rows) + 0.5
-    shaping = {"scaling": case.gain, "cap": case.cap, "z_loss": case.z_loss}
+    shaping = {"scaling": case.gain, "cap": case.cap, "z_loss": case.z_loss, "smoothing": case.smoothing}
     got = apply("linear_cross_entropy", x, weight, case.labels(), items, grads="xw", **shaping)
     reference = plain_cross_entropy(case, x.double(), weight.double(), items)
     z = case.shape(x.double() @ weight.double().T)

@@ -10,7 +10,7 @@ import torch
 from smedjan.backends.cuda_triton import random
 from smedjan.backends.cuda_triton.apply import apply
 from smedjan.backends.cuda_triton.rules import RULES
-from smedjan.backends.torch_reference.random import keep_mask
+from smedjan.backends.torch_reference.random import keep_mask, uniform
 from smedjan.ops.random import dropout
 from tests.backends.cpu_native.fused_cases import Case
 from tests.backends.cuda_triton.edited import edited
@@ -36,6 +36,15 @@ def test_bits(rand, device, number, shape):
     x = laid_out(rand(*shape, dtype=DTYPES[number % 3]), LAYOUTS[number % 4])
     expected = (x * mask.to(x.dtype)) * (1.0 / (1.0 - attrs["p"]))
     assert torch.equal(apply("dropout", x, key, **attrs), expected)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 7), (2, 5, 1031)])
+@pytest.mark.parametrize("number", range(4))
+def test_uniform_bits(device, number, shape):
+    attrs = {"bound": 0.0371, "site": (0, 211, 2**31, 2**32 - 1)[number]}
+    key = key_of(number, device)
+    expected = uniform(key.cpu(), shape=shape, **attrs).to(device)
+    assert torch.equal(apply("uniform", key, shape=shape, **attrs), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -39,9 +39,6 @@ def _elementwise() -> dict[str, Case]:
         "square": Case(lambda i: el.square(i["x"]), x, ("x",)),
         "rsqrt": Case(lambda i: el.rsqrt(i["x"]), positive, ("x",)),
         "sub": Case(lambda i: el.sub(i["a"], i["b"]), pair, ("a", "b"), 21),
-        "div": Case(lambda i: el.div(i["a"], i["b"]), {"a": normal(3, 5, 7), "b": positive["x"][0, :5, None]}),
-        "sign": Case(lambda i: el.sign(i["x"]), {"x": torch.tensor([-2.0, -0.0, 0.0, 1e-30, 3.0])}, depth=0),
-        "clamp": Case(lambda i: el.clamp(i["x"], low=-0.5, high=0.75), x, depth=0),
         "divide": Case(lambda i: el.divide(i["x"], divisor=0.3), x, ("x",)),
         "power": Case(lambda i: el.power(i["x"], exponent=3.0), x, ("x",)),
         "copy": Case(lambda i: el.copy(i["x"]), x),
@@ -257,11 +254,15 @@ def _loss() -> dict[str, Case]:
         "nll_loss": Case(lambda i: loss.nll_loss(i["x"], i["labels"]), scores, ("x",), 3),
         "pick": Case(lambda i: loss.pick(i["x"], i["labels"]), scores, ("x",)),
         "sum_trained": Case(lambda i: loss.sum_trained(i["x"], i["labels"]), scores, ("x",), 51),
+        "smooth_loss": Case(lambda i: loss.smooth_loss(i["x"], i["labels"]), scores, ("x",), 51),
         "linear_cross_entropy": Case(fused("xw"), head, ("x", "w"), 17, fixed),
         "linear_cross_entropy_x": Case(fused("x"), head, ("x",), 17, fixed),
         "linear_cross_entropy_shaped": Case(
             fused("xw", scaling=0.7, divisor=1.3, cap=2.0), head, ("x", "w"), 17, fixed
         ),
+        "linear_cross_entropy_smoothed": Case(fused("xw", smoothing=0.2), head, ("x", "w"), 17, fixed),
+        "linear_cross_entropy_z_loss": Case(fused("xw", z_loss=0.05), head, ("x", "w"), 17, fixed),
+        "linear_cross_entropy_terms": Case(fused("x", cap=2.0, z_loss=0.05, smoothing=0.2), head, ("x",), 17, fixed),
         "linear_cross_entropy_none": Case(fused(""), head, (), 17, fixed),
     }
 
@@ -271,12 +272,24 @@ def _random() -> dict[str, Case]:
     return {
         "dropout": Case(lambda i: random.dropout(i["x"], i["key"], p=0.3, site=4), arrays, ("x",)),
         "keep_mask": Case(lambda i: random.keep_mask(i["key"], shape=(3, 7), p=0.3, site=1), arrays),
+        "uniform": Case(lambda i: random.uniform(i["key"], shape=(3, 7), bound=0.3, site=1), arrays),
     }
 
 
 def _optimizer() -> dict[str, Case]:
     grads = {"a": normal(5, 7), "b": normal(11)}
-    pair = {"x": normal(3, 5), "g": normal(3, 5)}
+    return {
+        "accumulate": Case(lambda i: optimizer.accumulate(i["x"], i["g"]), {"x": normal(3, 5), "g": normal(3, 5)}),
+        "global_norm": Case(lambda i: optimizer.global_norm(i["a"], i["b"]), grads, depth=46),
+        "clip": Case(lambda i: optimizer.clip_coefficient(optimizer.global_norm(i["a"], i["b"]), max_norm=1.0), grads),
+    }
+
+
+def _steps() -> dict[str, Case]:
+    """What optimizers' steps are made of."""
+    x, pair = {"x": normal(3, 5, 7)}, {"x": normal(3, 5), "g": normal(3, 5)}
+    quotient = {"a": normal(3, 5), "b": normal(5).abs() + 0.5}
+    product = {"c": normal(6, 7), "y": normal(6, 5), "w": normal(5, 7)}
     return {
         **{
             f"keep_{norm}": Case(
@@ -284,9 +297,10 @@ def _optimizer() -> dict[str, Case]:
             )
             for norm in (2.0, float("inf"), float("nan"))
         },
-        "accumulate": Case(lambda i: optimizer.accumulate(i["x"], i["g"]), {"x": normal(3, 5), "g": normal(3, 5)}),
-        "global_norm": Case(lambda i: optimizer.global_norm(i["a"], i["b"]), grads, depth=46),
-        "clip": Case(lambda i: optimizer.clip_coefficient(optimizer.global_norm(i["a"], i["b"]), max_norm=1.0), grads),
+        "div": Case(lambda i: el.div(i["a"], i["b"]), quotient),
+        "sign": Case(lambda i: el.sign(i["x"]), {"x": torch.tensor([-2.0, -0.0, 0.0, 1e-30, 3.0])}, depth=0),
+        "clamp": Case(lambda i: el.clamp(i["x"], low=-0.5, high=0.75), x, depth=0),
+        "linear_dx_add": Case(lambda i: linear.linear_dx_add(i["c"], i["y"], i["w"]), product, depth=6),
     }
 
 
@@ -329,6 +343,7 @@ CASES: dict[str, Case] = {
     **_random(),
     **_optimizer(),
     **_quantized(),
+    **_steps(),
 }
 
 CACHE_OPS = {kv_write.name, kv_read.name}

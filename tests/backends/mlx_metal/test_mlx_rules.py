@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 import subprocess
 import sys
+from functools import partial
 
 import mlx.core as mx
 import pytest
@@ -21,7 +22,7 @@ from smedjan.graph.op import OPS
 from smedjan.graph.rewrite import BACKWARD_OF
 from smedjan.ops.cache import kv_read, kv_write
 from smedjan.ops.elementwise import scale_by
-from smedjan.ops.random import keep_mask
+from smedjan.ops.random import keep_mask, uniform
 from smedjan.optim.adamw import AdamW
 
 for _module in pkgutil.iter_modules(smedjan.ops.__path__):
@@ -72,18 +73,21 @@ def test_attention_by_query_tiles(mask, monkeypatch):
 def test_cross_entropy_by_chunks(dtype, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 2 * 17)
     check(CASES["linear_cross_entropy"], dtype)
+    check(CASES["linear_cross_entropy_smoothed"], dtype)
+    check(CASES["linear_cross_entropy_z_loss"], dtype)
 
 
 @pytest.mark.parametrize("shape", [(1,), (3, 7), (2, 3, 5)])
 @pytest.mark.parametrize("key", [(0, 0, 0, 0), (2**32 - 1, 2**32 - 1, 2**31, 3), (1234567, 89, 10**9, 0)])
-def test_keep_mask_is_equal_to_the_bit(shape, key):
-    masks = []
+@pytest.mark.parametrize("draw", [partial(keep_mask, p=0.37, site=5), partial(uniform, bound=0.0371, site=2**32 - 1)])
+def test_draws_are_equal_to_the_bit(shape, key, draw):
+    made = []
     for backend in (TORCH, MLX):
         graph = Graph()
-        graph.output("m", keep_mask(graph.input("key", (4,), "int64"), shape=shape, p=0.37, site=5))
-        made = backend.program(graph)({"key": from_torch(backend, torch.tensor(key))})
-        masks.append(to_torch(backend, made["m"]))
-    assert torch.equal(*masks)
+        graph.output("m", draw(graph.input("key", (4,), "int64"), shape=shape))
+        found = backend.program(graph)({"key": from_torch(backend, torch.tensor(key))})
+        made.append(to_torch(backend, found["m"]))
+    assert torch.equal(*made)
 
 
 @pytest.mark.parametrize(

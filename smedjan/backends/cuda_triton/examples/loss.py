@@ -29,6 +29,10 @@ def _examples(name: str, rows: int, width: int, vocab: int, dtype: str, shaping:
         attrs: dict[str, Any] = {"grads": grads, "z_loss": 1e-4, **shaping}
         told = f"{name} grads {grads or 'none'}"
         yield Example(op="linear_cross_entropy", name=told, ins=(x, weight, labels, items), attrs=attrs)
+    if name in TEACHERS:
+        attrs = {"grads": "x", "z_loss": 0.0, "smoothing": 0.1, **shaping}
+        told = f"{name} smoothed"
+        yield Example(op="linear_cross_entropy", name=told, ins=(x, weight, labels, items), attrs=attrs)
     yield Example(op="linear_log_probs", name=name, ins=(x, weight, labels), attrs=shaping)
     ins = (array(rows, dtype="float32"), x, weight, labels, array(rows, 2, dtype="float32"))
     for needs in ((True, True), (True, False)):

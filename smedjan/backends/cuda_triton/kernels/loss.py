@@ -5,6 +5,7 @@
     lse = log(sum over v of exp(z))
 
     cross_entropy   loss = lse - z[label] + z_loss lse^2,       dz = (1 + 2 z_loss lse) softmax(z) - onehot(label)
+        smoothed    z[label] becomes (1 - e) z[label] + e mean(z), and the onehot (1 - e) onehot(label) + e / V
     log_probs       log p = z[label] - lse,                     dz = (onehot(label) - softmax(z)) dlogp
     kl              loss = T^2 KL(a || b),                      dz in `kl`
 
@@ -58,18 +59,21 @@ def _scores(at, col, vocab, width, tilt, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _row_sum(at, vocab, width, tilt, rate, CAPPED: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr):
-    """peak = max s and sum of exp(unit (s - peak)) of a row; rate = unit log2(e)"""
+def _row_sum(at, vocab, width, tilt, rate, smoothing, CAPPED: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr):
+    """peak = max s, sum of exp(unit (s - peak)) and sum of s (0 where smoothing is None); rate = unit log2(e)"""
     peak = tl.full([RUNS], LOWEST, dtype=tl.float32)
     total = tl.zeros([RUNS], dtype=tl.float32)
+    plain = tl.zeros([RUNS], dtype=tl.float32)
     for start in range(0, width, RUNS * RUN):
         score = _scores(at, _columns(start, RUNS, RUN), vocab, width, tilt, CAPPED)
         higher = tl.maximum(peak, tl.max(score, axis=1))
         terms = tl.exp2((score - higher[:, None]) * rate)
         total = total * tl.exp2((peak - higher) * rate) + tl.sum(terms, axis=1)
+        if smoothing is not None:
+            plain += tl.sum(tl.where(_columns(start, RUNS, RUN) < vocab, score, 0.0), axis=1)
         peak = higher
     highest = tl.max(peak, axis=0)
-    return highest, tl.sum(total * tl.exp2((peak - highest) * rate), axis=0)
+    return highest, tl.sum(total * tl.exp2((peak - highest) * rate), axis=0), tl.sum(plain, axis=0)
 
 
 @triton.jit
@@ -107,6 +111,7 @@ def cross_entropy(
     unit,
     gain,
     z_loss,
+    smoothing,
     stride,
     vocab,
     width,
@@ -115,29 +120,40 @@ def cross_entropy(
     RUNS: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """losses (unless None), and with GRADIENT dlogits of losses / num_items, a scalar that only the device knows."""
+    """losses (unless None), and with GRADIENT dlogits of losses / num_items, a scalar that only the device knows.
+
+    `smoothing` is None where labels are not smoothed.
+    """
     row = tl.program_id(0).to(tl.int64)
     at = logits + row * stride
     label = tl.load(labels + row)
     if label != IGNORE:
         rate = unit * LOG2_E
         target = _target(at, label, vocab, tilt, CAPPED)
-        peak, total = _row_sum(at, vocab, width, tilt, rate, CAPPED, RUNS, RUN)
+        peak, total, plain = _row_sum(at, vocab, width, tilt, rate, smoothing, CAPPED, RUNS, RUN)
         lse = peak * unit + tl.log(total)
         if losses is not None:
+            below = peak - target
+            if smoothing is not None:
+                below = (1.0 - smoothing) * below + smoothing * (peak - plain / vocab)
             # Apart from lse, whose own rounding a large peak would bring in.
-            tl.store(losses + row, (peak - target) * unit + tl.log(total) + z_loss * lse * lse)
+            tl.store(losses + row, below * unit + tl.log(total) + z_loss * lse * lse)
         if GRADIENT:
             # The row is overwritten below: every warp must have read its target and its last runs.
             tl.debug_barrier()
             scale = gain / tl.load(num_items).to(tl.float32)
             share = (1.0 + 2.0 * z_loss * lse) / total * scale
+            aim = scale
+            if smoothing is not None:
+                aim = (1.0 - smoothing) * scale
             last = (width - 1) // (RUNS * RUN) * (RUNS * RUN)
             for back in range(0, width, RUNS * RUN):
                 col = _columns(last - back, RUNS, RUN)
                 score = _scores(at, col, vocab, width, tilt, CAPPED)
                 gradient = tl.exp2((score - peak) * rate) * share
-                gradient = tl.where(col == label.to(tl.int32), gradient - scale, gradient)
+                if smoothing is not None:
+                    gradient = tl.where(col < vocab, gradient - smoothing / vocab * scale, gradient)
+                gradient = tl.where(col == label.to(tl.int32), gradient - aim, gradient)
                 _store(at, col, width, gradient, score, CAPPED)
     else:
         if losses is not None:
@@ -171,7 +187,7 @@ def log_probs(
     log_prob, top, rest = 0.0, 0.0, 0.0
     if label != IGNORE:
         target = _target(at, label, vocab, tilt, CAPPED)
-        peak, total = _row_sum(at, vocab, width, tilt, unit * LOG2_E, CAPPED, RUNS, RUN)
+        peak, total, _ = _row_sum(at, vocab, width, tilt, unit * LOG2_E, None, CAPPED, RUNS, RUN)
         top, rest = peak * unit, tl.log(total)
         log_prob = (target - peak) * unit - rest
     if out is not None:

@@ -1,6 +1,6 @@
-"""Masks of random bits that are a pure function of (seed, step, micro-batch, site, element), and dropout over them.
+"""Random numbers that are a pure function of (seed, step, micro-batch, site, element): masks, dropout, noise.
 
-    m = (word >> 8) >= threshold,  y = m * factor * x
+    m = (word >> 8) >= threshold,  y = m * factor * x,  u = ((2 (word >> 8) + 1 - 2^24) / 2^24) * bound
 
 word: that number i % 4 of Philox4x32-10 of the counter (i // 4, site, step, micro-batch) under the key (seed low, seed
 high), for element i in C order. Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", 2011,
@@ -34,13 +34,19 @@ def philox(index, key, site):
     return c0, c1, c2, c3
 
 
-@triton.jit(do_not_specialize=["site", "threshold"])
-def keep(x, key, y, site, threshold, factor, count, COUNTERS: tl.constexpr):
-    """4 COUNTERS values of contiguous x and y; y is the mask itself where x is None."""
+@triton.jit
+def _words(key, site, COUNTERS: tl.constexpr):
+    """[4 COUNTERS] words of this program's values"""
     counter = tl.program_id(0).to(tl.int64) * COUNTERS + tl.arange(0, COUNTERS)
     word0, word1, word2, word3 = philox(counter, key, site)
     # Interleaved twice, the words of a counter stand one behind another.
-    word = tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3))
+    return tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3))
+
+
+@triton.jit(do_not_specialize=["site", "threshold"])
+def keep(x, key, y, site, threshold, factor, count, COUNTERS: tl.constexpr):
+    """4 COUNTERS values of contiguous x and y; y is the mask itself where x is None."""
+    word = _words(key, site, COUNTERS)
     kept = (word >> 8).to(tl.int32) >= threshold
     index = tl.program_id(0).to(tl.int64) * (4 * COUNTERS) + tl.arange(0, 4 * COUNTERS)
     inside = index < count
@@ -50,6 +56,15 @@ def keep(x, key, y, site, threshold, factor, count, COUNTERS: tl.constexpr):
         value = tl.load(x + index, mask=inside, other=0.0).to(tl.float32)
         # A product, not a choice: a NaN that is dropped stays one, as in x * m.
         tl.store(y + index, narrow(value * tl.where(kept, factor, 0.0), y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["site"])
+def uniform(key, y, site, bound, count, COUNTERS: tl.constexpr):
+    """4 COUNTERS values of contiguous y"""
+    word = _words(key, site, COUNTERS)
+    odd = ((word >> 8) << 1).to(tl.int32) + (1 - 16777216)
+    index = tl.program_id(0).to(tl.int64) * (4 * COUNTERS) + tl.arange(0, 4 * COUNTERS)
+    tl.store(y + index, odd.to(tl.float32) * 5.9604644775390625e-08 * bound, mask=index < count)
 
 
 @triton.jit(do_not_specialize=["site", "threshold", "rows", "blocks"])

@@ -1,5 +1,6 @@
 /* y[r] = table[index[r]], rows of `bytes` bytes each: `embedding` and `take_rows`. */
 #include "tape.h"
+#include "scalar.h"
 
 #include <string.h>
 
@@ -19,3 +20,22 @@ void gather_rows(const step *s, int rank, int threads)
         at += size;
     }
 }
+
+/* y[r, i] = codes[index[r], i] * scale[index[r]], in float32, rounded once.
+ * arrays: codes (int8), scale (float32), index (int64), y.  numbers: rows, columns */
+#define DEFINE_INT8_GATHER(act)                                                                                        \
+    void int8_gather_##act(const step *s, int rank, int threads)                                                       \
+    {                                                                                                                  \
+        const int8_t *codes = s->array[0];                                                                             \
+        const float *scale = s->array[1];                                                                              \
+        const int64_t *index = s->array[2], columns = s->number[1];                                                    \
+        act##_t *y = s->array[3];                                                                                      \
+        int64_t from, to;                                                                                              \
+        share(s->number[0], 1, rank, threads, &from, &to);                                                             \
+        for (int64_t row = from; row < to; row++)                                                                      \
+            for (int64_t i = 0; i < columns; i++)                                                                      \
+                y[row * columns + i] = put_##act((float)codes[index[row] * columns + i] * scale[index[row]]);          \
+    }
+
+DEFINE_INT8_GATHER(float32)
+DEFINE_INT8_GATHER(bfloat16)

@@ -31,6 +31,7 @@ static inline bf16 narrow(float x)
 #define bfloat16_t bf16
 static inline float get_float32(float x) { return x; }
 static inline float get_bfloat16(bf16 x) { return widen(x); }
+static inline float get_int8(int8_t x) { return x; }
 static inline float put_float32(float x) { return x; }
 static inline bf16 put_bfloat16(float x) { return narrow(x); }
 

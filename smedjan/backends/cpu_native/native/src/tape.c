@@ -10,7 +10,7 @@
 #include <stdatomic.h>
 
 #define MAX_THREADS 255     /* what a ticket's low byte holds */
-#define SPINS 10000         /* some 400 us: longer than the pause between two tokens' tapes */
+#define SPINS 20000         /* about 1 ms: longer than the pause between two tokens' tapes */
 #define YIELD_AFTER 2000
 
 #if defined(__x86_64__) || defined(__i386__)

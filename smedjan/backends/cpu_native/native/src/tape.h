@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define STEP_ARRAYS 12
+#define STEP_ARRAYS 16
 #define STEP_NUMBERS 12
 #define STEP_REALS 4
 
