@@ -75,8 +75,9 @@ def save_checkpoint(
     weights_name: str = "model.safetensors",
     keep: int = 2,
     peers: Peers | None = None,
+    best: int | None = None,
 ) -> Path:
-    """Write a checkpoint, point to it, and delete all but the newest `keep`. `state` is JSON.
+    """Write a checkpoint, point to it, delete all but the newest `keep` and that of step `best`. `state` is JSON.
 
     All of `peers` call it, each with its share of the optimizer's tensors, on one file system; process 0 writes the
     rest. It returns when the checkpoint is whole.
@@ -114,7 +115,8 @@ def save_checkpoint(
     pointer = {"schema": SCHEMA, "step": step, "path": f"checkpoints/{path.name}"}
     write_atomic(inner / "latest.json", _json(pointer))
     # A higher step than the one just written belongs to a future that this run has left.
-    keepers = [old for old in _checkpoints(run) if _order(old) <= _order(path)][-keep:]
+    past = [old for old in _checkpoints(run) if _order(old) <= _order(path)]
+    keepers = [*past[-keep:], *[old for old in past if _order(old)[0] == best][-1:]]
     with write_errors(folder):
         for old in _checkpoints(run):
             if old not in keepers:
@@ -167,6 +169,16 @@ def load_checkpoint(run: Path) -> Checkpoint | None:
     # A first save that was killed before it could point to the directory it had completed.
     found = _checkpoints(run)
     return _load(found[-1]) if found else None
+
+
+def checkpoint_of(run: Path, step: int) -> Checkpoint:
+    """The checkpoint of one step, verified against its hashes."""
+    found = [path for path in _checkpoints(run) if _order(path)[0] == step]
+    if not found:
+        raise CheckpointError(
+            f"the checkpoint of step {step} is gone", file=run / "checkpoints", remedy="start the run again"
+        )
+    return _load(found[-1])
 
 
 def _load(path: Path) -> Checkpoint:

@@ -50,7 +50,12 @@ class Bar:
             self._progress.console.print(line(event["fp8"], on="the first batch"), highlight=False)
             return
         if "eval_loss" in event:
-            self._progress.console.print(f"step {event['step']}: eval loss {event['eval_loss']:.4f}", highlight=False)
+            shown = f"step {event['step']}: eval loss {event['eval_loss']:.4f}"
+            if event.get("best_step") not in (None, event["step"]):
+                shown += f" (lowest {event['best_eval_loss']:.4f} after step {event['best_step']})"
+            if event.get("stopped_early"):
+                shown += "; stopped early"
+            self._progress.console.print(shown, highlight=False)
             return
         mfu = "" if event.get("mfu") is None else f"{event['mfu']:.0%} MFU  "
         # Two lines, which fit in 80 columns
@@ -58,6 +63,8 @@ class Bar:
             f"loss {event['loss']:.4f}  norm {event['grad_norm']:.2f}  {duration(event['eta_s'])} left\n"
             f"lr {event['lr']:.1e}  {event['tokens_per_s']:,.0f} tokens/s  {mfu}{event['peak_bytes'] / 2**30:.1f} GiB"
         )
+        if event.get("skipped"):
+            figures += f"  {event['skipped']} skipped"
         total = event.get("total_steps")
         self._progress.update(
             self._task, completed=event["step"], figures=figures, **({} if total is None else {"total": total})

@@ -168,6 +168,18 @@ def _(dys, ins, outs, needs, acc):
 
 
 @op
+def sign(x: Tensor) -> Spec:
+    """y = -1, 0 or 1"""
+    return x.like()
+
+
+@op
+def clamp(x: Tensor, *, low: float, high: float) -> Spec:
+    """y = min(max(x, low), high)"""
+    return x.like()
+
+
+@op
 def add_scalar(x: Tensor, *, value: float) -> Spec:
     """y = x + value"""
     return x.like()

@@ -2,6 +2,9 @@
 
 `adamw_update` is one parameter's step in one dtype. What surrounds it where state is narrower (`dequantize_blocks`,
 `quantize_blocks`, `stochastic_round`) are ops of their own; `adamw_bucket` is all of it, for many parameters at once.
+
+A step whose gradients have a norm that is not finite changes nothing: each op of an update that is given `norm` leaves
+what it would update as it was, and `keep` does so for what is made anew.
 """
 
 from __future__ import annotations
@@ -54,6 +57,13 @@ def _(*grads, max_norm):
     return norm, clip_coefficient(norm, max_norm=max_norm)
 
 
+@op(donates=lambda node: ((0, 1),))
+def keep(new: Tensor, old: Tensor, norm: Tensor) -> Spec:
+    """y = new where norm, a scalar, is finite, else old: in old's place"""
+    require(new.spec == old.spec and norm.shape == (), f"keep: {new} {old} {norm}")
+    return old.like()
+
+
 @op(donates=lambda node: ((0, 0), (1, 2), (2, 3)), cost=lambda node: 12 * node.inputs[0].numel)
 def adamw_update(
     param: Tensor,
@@ -63,6 +73,7 @@ def adamw_update(
     lr: Tensor,
     step: Tensor,
     grad_scale: Tensor | None = None,
+    norm: Tensor | None = None,
     *,
     beta1: float,
     beta2: float,
@@ -73,7 +84,8 @@ def adamw_update(
 
     p -= lr wd p;  m += (1 - b1)(g - m);  v = b2 v + (1 - b2) g^2
     p -= lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps)
-    grad_scale, a float32 scalar, multiplies the gradient first: a clip folded in. lr and step are host scalars.
+    grad_scale, a float32 scalar, multiplies the gradient first: a clip folded in. lr and step are host scalars. Where
+    `norm`, a scalar, is not finite, nothing changes.
     """
     require(param.shape == grad.shape == exp_avg.shape, f"adamw_update: {param} {grad}")
     return param.like(), exp_avg.like(), exp_avg_sq.like()
@@ -187,11 +199,11 @@ def adamw_bucket(
     """`adamw_step` of n parameters of one dtype at once; sites [n] are their numbers among all that are trained.
 
     Inputs: n params, n grads, n exp_avg, n exp_avg_sq; with `eight_bit` n absmax of each of the two; with `narrow`, a
-    dtype, n arrays of it that become the rounding of the new params; then lr, step, seed (or None), grad_scale (or
-    None). Outputs: the same lists but for the gradients, each array in its own buffer.
+    dtype, n arrays of it that become the rounding of the new params; then lr, step and, or None, seed, grad_scale and
+    norm. Outputs: the same lists but for the gradients, each array in its own buffer.
     """
     bucket = split_bucket(tensors, sites, eight_bit=eight_bit, narrow=narrow)
-    require(len(bucket.scalars) == 4, f"adamw_bucket: {len(tensors)} inputs for {len(sites)} parameters")
+    require(len(bucket.scalars) == 5, f"adamw_bucket: {len(tensors)} inputs for {len(sites)} parameters")
     for lists in (bucket.grads, bucket.exp_avgs, bucket.exp_avg_sqs, *([bucket.narrows] if narrow else [])):
         require(all(a.shape == b.shape for a, b in zip(bucket.params, lists, strict=True)), "adamw_bucket: shapes")
     for each in (bucket.params, bucket.grads, bucket.exp_avgs, bucket.exp_avg_sqs, bucket.narrows):
@@ -208,7 +220,7 @@ def adamw_bucket(
 @adamw_bucket.decompose
 def _(*tensors, sites, eight_bit, narrow, **attrs):
     bucket = split_bucket(tensors, sites, eight_bit=eight_bit, narrow=narrow)
-    lr, step, seed, grad_scale = bucket.scalars
+    lr, step, seed, grad_scale, norm = bucket.scalars
     made = [
         adamw_step(
             bucket.params[n],
@@ -220,6 +232,7 @@ def _(*tensors, sites, eight_bit, narrow, **attrs):
             step,
             seed,
             grad_scale,
+            norm,
             site=site,
             narrow=narrow,
             **attrs,
@@ -239,6 +252,7 @@ def adamw_step(
     step: Tensor,
     seed: Tensor | None,
     grad_scale: Tensor | None,
+    norm: Tensor | None = None,
     *,
     site: int,
     narrow: str = "",
@@ -250,6 +264,7 @@ def adamw_step(
     That is computed in the parameter's dtype if the moments have it too, else in float32. `stochastic` says whether
     (param, exp_avg_sq) are rounded to bfloat16 by chance, at sites 2 site and 2 site + 1; exp_avg is rounded to the
     nearest. Gives param, exp_avg, exp_avg_sq, with `absmax` both of it, with `narrow` the new parameter in that dtype.
+    Rounding what a step without a finite norm left as it was gives the same number; quantising it may not.
     """
     plain = absmax is None and not any(stochastic) and param.dtype == exp_avg.dtype == exp_avg_sq.dtype
     work = param.dtype if plain else "float32"
@@ -260,13 +275,14 @@ def adamw_step(
             dequantize_blocks(exp_avg, absmax[0], signed=True),
             dequantize_blocks(exp_avg_sq, absmax[1], signed=False),
         )
-    p, m, v = adamw_update(cast(param, work), cast(grad, work), *moments, lr, step, grad_scale, **attrs)
+    p, m, v = adamw_update(cast(param, work), cast(grad, work), *moments, lr, step, grad_scale, norm, **attrs)
     new = stochastic_round(p, step, seed, site=2 * site) if stochastic[0] else cast(p, param.dtype)
     last = (cast(p, narrow),) if narrow else ()
     if absmax is not None:
         first, first_absmax = quantize_blocks(m, signed=True)
         second, second_absmax = quantize_blocks(v, signed=False)
-        return new, first, second, first_absmax, second_absmax, *last
+        coded = (first, exp_avg), (second, exp_avg_sq), (first_absmax, absmax[0]), (second_absmax, absmax[1])
+        return new, *(made if norm is None else keep(made, old, norm) for made, old in coded), *last
     if stochastic[1]:
         second = stochastic_round(v, step, seed, site=2 * site + 1)
     else:

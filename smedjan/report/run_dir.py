@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from math import nan
 from os import PathLike
 from pathlib import Path
 
@@ -85,15 +86,15 @@ def _log(rows: Sequence[Fields]) -> tuple[tuple[Step, ...], tuple[EvalPoint, ...
     evals: dict[int, EvalPoint] = {}
     words: dict[tuple[int, int], Words] = {}
     for row in rows:
-        if not (row.has("loss") or row.has("eval_loss") or row.has("samples")):
+        if not ("loss" in row.data or "eval_loss" in row.data or row.has("samples")):
             continue
         step = row.integer("step")
         for number, sample in enumerate(row.rows("samples")):
             words[step, number] = Words(step=step, prompt=sample.text("prompt"), text=sample.text("text"))
-        if row.has("loss"):
+        if "loss" in row.data:
             steps[step] = Step(
                 step=step,
-                loss=row.number("loss"),
+                loss=_number(row, "loss"),
                 grad_norm=row.number_or_none("grad_norm"),
                 lr=row.number_or_none("lr"),
                 tokens=row.integer_or_none("tokens"),
@@ -104,8 +105,8 @@ def _log(rows: Sequence[Fields]) -> tuple[tuple[Step, ...], tuple[EvalPoint, ...
                 eta_s=row.number_or_none("eta_s"),
                 skipped=row.integer_or_none("skipped"),
             )
-        if row.has("eval_loss"):
-            evals[step] = EvalPoint(step=step, loss=row.number("eval_loss"))
+        if "eval_loss" in row.data:
+            evals[step] = EvalPoint(step=step, loss=_number(row, "eval_loss"))
     ordered = tuple(steps[step] for step in sorted(steps))
     return ordered, tuple(evals[step] for step in sorted(evals)), tuple(words[key] for key in sorted(words))
 
@@ -122,6 +123,12 @@ def _header(head: Fields) -> Header:
         planned_bytes=memory.integer_or_none("planned_bytes") if memory else None,
         baseline_bytes=(memory and memory.integer_or_none("baseline_bytes")) or 0,
     )
+
+
+def _number(row: Fields, key: str) -> float:
+    """A log has null for a number that is not finite."""
+    found = row.number_or_none(key)
+    return nan if found is None else found
 
 
 def _lines(path: Path) -> Iterator[Fields | None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from smedjan.errors import ConfigError
-from smedjan.optim.adamw import named
+from smedjan.optim.base import named
 from smedjan.train.config import TrainConfig
 
 FREEZE, ONLY = "train.freeze", "train.only"

@@ -20,13 +20,15 @@ from typing import Any, ClassVar, Literal
 
 from smedjan.errors import ConfigError, nearest
 from smedjan.train.flags import Flag, Section, flags_of, listed, read
+from smedjan.train.optimizers import RATES, defaults
 
 Method = Literal["full", "lora", "qlora"]
 
 LEARNING_RATES: dict[Method, float] = {"lora": 5e-4, "qlora": 5e-4, "full": 5e-5}
-"""Used where `optim.lr` is not given. LoRA's best rate is about ten times that of full fine-tuning, at any rank, since
-its output is scaled by alpha / rank (Schulman et al. 2025, "LoRA Without Regret"). Both fall as a model gets wider:
-these suit one to eight billion parameters, and SmolLM2-135M still trains well at 1e-3."""
+"""Used where `optim.lr` is not given, times the optimizer's of `RATES`. LoRA's best rate is about ten times that of
+full fine-tuning, at any rank, since its output is scaled by alpha / rank (Schulman et al. 2025, "LoRA Without Regret").
+Both fall as a model gets wider: these suit one to eight billion parameters, and SmolLM2-135M still trains well at
+1e-3."""
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -66,6 +68,13 @@ class TrainConfig(Section):
     attention: Literal["sdpa", "eager"] = field(
         default="sdpa", metadata={"help": "which of transformers' two computations the exact backend repeats"}
     )
+    ema: float | None = field(
+        default=None, metadata={"gt": 0, "lt": 1, "help": "decay of a mean of the weights, which the result has then"}
+    )
+    patience: int | None = field(
+        default=None, metadata={"ge": 1, "help": "evaluations without a lower loss that end a run; it keeps the best"}
+    )
+    min_delta: float = field(default=0.0, metadata={"ge": 0, "help": "by how much a loss must be lower to count"})
     memory: str | None = field(
         default=None, metadata={"help": "of the device, such as 24GB: what does not fit is recomputed or offloaded"}
     )
@@ -133,9 +142,15 @@ class OptimConfig(Section):
 
     section: ClassVar[str] = "optim."
 
-    name: Literal["adamw"] = field(default="adamw", metadata={"help": "optimizer"})
+    name: Literal["adamw", "muon", "lion", "adafactor", "sophia"] = field(
+        default="adamw", metadata={"help": "optimizer; muon takes AdamW for what is no matrix of a hidden layer"}
+    )
     lr: float | None = field(
-        default=None, metadata={"gt": 0, "help": "peak learning rate (default 5e-4 for lora and qlora, 5e-5 for full)"}
+        default=None,
+        metadata={"gt": 0, "help": "peak learning rate (default by method and optimizer: adamw's 5e-4, 5e-5 for full)"},
+    )
+    adamw_lr: float | None = field(
+        default=None, metadata={"gt": 0, "help": "of what muon leaves to AdamW (default lr)"}
     )
     lr_pattern: tuple[str, ...] | None = field(
         default=None,
@@ -152,6 +167,9 @@ class OptimConfig(Section):
         default="nearest", metadata={"help": "of bfloat16 weights that have no master"}
     )
     clip: float = field(default=1.0, metadata={"ge": 0, "help": "the most the global gradient norm may be; 0: any"})
+    max_skipped: int = field(
+        default=10, metadata={"ge": 1, "help": "steps in a row without a finite gradient norm that end a run"}
+    )
     schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "inverse_sqrt", "wsd"] = field(
         default="cosine", metadata={"help": "what follows the warm-up"}
     )
@@ -159,9 +177,24 @@ class OptimConfig(Section):
     warmup: float = field(
         default=0.03, metadata={"ge": 0, "help": "steps of warm-up if 1 or more, a share of all steps if less"}
     )
-    beta1: float = field(default=0.9, metadata={"ge": 0, "lt": 1, "help": "decay of the first moment"})
-    beta2: float = field(default=0.999, metadata={"ge": 0, "lt": 1, "help": "decay of the second moment"})
-    eps: float = field(default=1e-8, metadata={"gt": 0, "help": "added to the root of the second moment"})
+    beta1: float | None = field(
+        default=None, metadata={"ge": 0, "lt": 1, "help": "decay of the first moment (default 0.9; sophia 0.965)"}
+    )
+    beta2: float | None = field(
+        default=None,
+        metadata={"ge": 0, "lt": 1, "help": "decay of the second moment (default 0.999; lion and sophia 0.99)"},
+    )
+    eps: float | None = field(
+        default=None, metadata={"gt": 0, "help": "added to the root of AdamW's second moment (default 1e-8)"}
+    )
+    momentum: float | None = field(default=None, metadata={"ge": 0, "lt": 1, "help": "of muon (default 0.95)"})
+    muon_adjust: Literal["original", "match_rms_adamw"] | None = field(
+        default=None, metadata={"help": "how a matrix's shape scales muon's rate (default match_rms_adamw)"}
+    )
+    rho: float | None = field(default=None, metadata={"gt": 0, "help": "of sophia: larger clips less (default 0.04)"})
+    hessian_every: int | None = field(
+        default=None, metadata={"ge": 1, "help": "steps between sophia's estimates of the Hessian (default 10)"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,6 +205,16 @@ class OptimConfig(Section):
                 remedy=f"give --optim.warmup {round(self.warmup)}",
             )
         _ = self.rates
+        for key, value in defaults(self.name, vars(self)).items():
+            object.__setattr__(self, key, value)
+        if self.adamw_lr is not None and self.name != "muon":
+            raise ConfigError("is for muon", field="optim.adamw_lr", remedy="give --optim.lr")
+        if self.muon_adjust == "original" and self.lr is None:
+            raise ConfigError(
+                "muon's original rate has no default beside AdamW's",
+                field="optim.lr",
+                remedy="give --optim.lr, such as 1e-3, and --optim.adamw-lr",
+            )
         if self.cycles > 1 and self.schedule != "cosine_with_restarts":
             raise ConfigError(
                 f"{self.cycles} cycles of the schedule {self.schedule}",
@@ -282,6 +325,8 @@ class FinetuneConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.train.patience is not None and self.eval_data is None:
+            raise ConfigError("needs rows to evaluate on", field="train.patience", remedy="give --eval-data FILE")
         if self.out is None and not self.dry_run:
             raise ConfigError("is missing", field="out", remedy="give --out DIR, or --dry-run")
         if self.method == "qlora" and self.lora.bits is None:
@@ -293,7 +338,9 @@ class FinetuneConfig(Section):
                 remedy="give --method qlora, or leave it out",
             )
         if self.optim.lr is None:
-            object.__setattr__(self, "optim", replace(self.optim, lr=LEARNING_RATES[self.method]))
+            object.__setattr__(
+                self, "optim", replace(self.optim, lr=LEARNING_RATES[self.method] * RATES[self.optim.name])
+            )
 
     @property
     def storage(self) -> str | None:
@@ -347,8 +394,11 @@ class FinetuneConfig(Section):
         decided = self.to_dict()
         for name in ("model", "data", "eval_data", "out", "resume", "dry_run", "backend"):
             del decided[name]
-        for name in ("save_every", "keep", "eval_every", "memory", "sample_every", "sample_prompts", "track"):
+        # Patience makes of when, and by how much, something that decides the weights.
+        watch = ("eval_every", "min_delta") if self.train.patience is None else ()
+        for name in ("save_every", "keep", "memory", "sample_every", "sample_prompts", "track", *watch):
             del decided["train"][name]
+        del decided["optim"]["max_skipped"]
         if self.method == "full":
             del decided["lora"]
         return sha256(json.dumps(decided, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
-from smedjan.backends.collective import Alone, Collective
+from smedjan.backends.collective import Collective
 from smedjan.checkpoint.atomic import write_atomic
-from smedjan.checkpoint.dtype import to_float32
 from smedjan.checkpoint.lock import RunLock, request_file
 from smedjan.checkpoint.raw import RawTensor, specs_of
-from smedjan.checkpoint.run_dir import Checkpoint, load_checkpoint, save_checkpoint, sha256_of
+from smedjan.checkpoint.run_dir import Checkpoint, checkpoint_of, load_checkpoint, save_checkpoint, sha256_of
 from smedjan.checkpoint.sizes import parse_size
 from smedjan.data.cache import tokenize_file
 from smedjan.data.dataset import Steps, TokenDataset
@@ -31,25 +29,24 @@ from smedjan.hf.peft import WEIGHTS as ADAPTER_WEIGHTS
 from smedjan.hf.peft import initial_adapter, write_adapter
 from smedjan.hf.tokenizer import load_tokenizer
 from smedjan.hf.whole_modules import parameters_named
-from smedjan.optim.adamw import AdamW, named
 from smedjan.optim.schedule import factor
 from smedjan.passes.lora import Lora
 from smedjan.runtime.select import backend as select_backend
-from smedjan.runtime.session import Session
 from smedjan.train import adapter, fp8
 from smedjan.train.asked import asked
 from smedjan.train.chosen import check_method, chosen
 from smedjan.train.config import FinetuneConfig
+from smedjan.train.evaluation import PAD_TO, evaluate_loss
 from smedjan.train.header import header
+from smedjan.train.largest import largest_program
 from smedjan.train.log import Event, RunLog
 from smedjan.train.meter import Meter
+from smedjan.train.optimizers import optimizer
 from smedjan.train.processes import together
+from smedjan.train.progress import Progress
 from smedjan.train.samples import Samples
-from smedjan.train.step import Trainer, interleaved
+from smedjan.train.step import Trainer
 from smedjan.train.track import tracked
-
-PAD_TO = 16
-"""Rows are padded to a multiple of this, so that a run needs few programs."""
 
 FP8 = "train.fp8"
 """The field that asks for `fp8`."""
@@ -62,7 +59,9 @@ class Interrupted(KeyboardInterrupt):
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What a run left behind. `rows` counts kept, truncated and dropped ones; `unstopped` of the kept, uncut ones train
-    no stop token; `trained_share` is of all tokens; `converted`: what the rows were converted from and to."""
+    no stop token; `trained_share` is of all tokens; `converted`: what the rows were converted from and to;
+    `skipped` steps had a gradient norm that is not finite. `best_step` had the lowest loss of all evaluations,
+    `best_eval_loss`; with patience the weights are of that step."""
 
     run_dir: Path
     weights_sha256: str
@@ -75,6 +74,10 @@ class Run:
     exact: bool
     plan_hash: str
     eval_loss: float | None
+    skipped: int
+    best_step: int | None
+    best_eval_loss: float | None
+    stopped_early: bool
 
 
 class Finetune:
@@ -229,26 +232,11 @@ class Finetune:
             first = [name for name in self.whole if name not in head]
             session.lora, names = self.lora, [*first, *self.lora.shapes(self._shapes), *head]
             session.parameters.update(adapter.first_magnitudes(session, group))
-        optim = config.optim
-        adamw = AdamW(
-            beta1=optim.beta1,
-            beta2=optim.beta2,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            clip=optim.clip,
-            master=optim.master,
-            state_dtype=optim.state,
-            rounding=optim.rounding,
-            rates=optim.rates,
+        model = self.files.config.names
+        made = optimizer(
+            config.optim, config.learning_rate, names, apart=(model.embedding, model.head), ema=train.ema or 0.0
         )
-        for part, _ in optim.rates:
-            if not any(named(name, part) for name in names):
-                raise ConfigError(
-                    f"no trained parameter has {part!r} in its name",
-                    field="optim.lr_pattern",
-                    remedy="give whole parts of names, such as embed_tokens, layers.0 or lora_B",
-                )
-        return Trainer(session, names, adamw, seed=config.seed, group=group)
+        return Trainer(session, names, made, seed=config.seed, group=group)
 
     def learning_rate(self, step: int) -> float:
         """Of `step`, counted from 0. Warm-up ends at the peak; its first step is not zero, unlike transformers'."""
@@ -278,7 +266,9 @@ class Finetune:
         return sha256_of(self.files.tensors)
 
     def state(self, history: list[Event]) -> Event:
+        watched = self.eval_dataset if self.config.train.patience is not None else None
         return {
+            **({} if watched is None else {"eval_sha256": watched.fingerprint()}),
             "config_hash": self.config.config_hash(),
             "data_sha256": self.dataset.fingerprint(),
             "base_sha256": self.base_sha256,
@@ -289,18 +279,6 @@ class Finetune:
             "history": history,
             **({"start_sha256": sha256_of(self.start)} if self.start else {}),
         }
-
-
-def evaluate_loss(
-    session: Session, dataset: TokenDataset, *, batch_size: int, max_length: int, group: Collective | None = None
-) -> float:
-    """Mean negative log-likelihood of the trained tokens. The processes of `group` share the batches."""
-    group, losses = group or Alone(), []
-    for index, batch in enumerate(dataset.batches(batch_size=batch_size, max_length=max_length, pad_to=PAD_TO)):
-        if index % group.world == group.rank:
-            loss, _ = session.micro(batch, (), num_items=1.0)
-            losses.append(float(to_float32(session.backend.to_raw(loss))[0]))
-    return sum(interleaved(group.exchange(losses))) / dataset.trained_tokens
 
 
 def finetune(
@@ -339,6 +317,7 @@ def _finetune(
     trainer = parts.trainer(group)
     start = 0
     history: list[Event] = []
+    progress = Progress.of({} if found is None else found.state)
     if found is not None:
         start, history = _resume(parts, trainer, found, out)
     errors = _fp8_errors(parts, trainer, start)
@@ -368,25 +347,23 @@ def _finetune(
             step,
             weights=trainer.weights() if group.rank == 0 else {},
             optimizer=trainer.optimizer_state(),
-            state=parts.state(history),
+            state={**parts.state(history), "progress": progress.to_state()},
             weights_name=name,
             keep=config.train.keep,
             peers=group,
+            best=progress.best_step if config.train.patience is not None else None,
         )
 
-    eval_loss = None
+    eval_loss, done = None, start
+    most_bytes = None if parts.eval_dataset is None else largest_program(parts, trainer).peak_bytes
     with asked(request_file(out), several=group.world > 1) as wanted:
-        for step in range(start, parts.steps.total):
+        for step in range(start, start if progress.stopped_early else parts.steps.total):
             batches = parts.steps.batches_for_step(step, group.world)
             lr = parts.learning_rate(step)
             meter.start(trainer.session)
-            loss, norm = trainer.step(batches, number=step + 1, lr=lr)
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                raise ConfigError(
-                    f"loss {loss:g}, gradient norm {norm:g} at step {step + 1}",
-                    field="optim.lr",
-                    remedy="lower --optim.lr; the last checkpoint is whole",
-                )
+            loss, norm = trainer.step(batches, number=step + 1, lr=lr, taken=step + 1 - progress.skipped)
+            done, last, better = step + 1, step + 1 == parts.steps.total, False
+            progress.after_step(done, loss, norm, max_skipped=config.optim.max_skipped, last=last)
             tokens = sum(b.tokens for b in batches)
             log.write(
                 {
@@ -399,27 +376,38 @@ def _finetune(
                     "trained_tokens": sum(b.trained_tokens for b in batches),
                     **meter.stop(trainer.session, tokens=tokens, left=parts.steps.total - step - 1),
                     "peak_bytes": parts.backend.peak_memory(),
+                    "skipped": progress.skipped,
                 }
             )
-            last = step + 1 == parts.steps.total
             if parts.eval_dataset is not None and (last or _due(config.train.eval_every, step)):
-                eval_loss = evaluate_loss(
-                    trainer.session,
-                    parts.eval_dataset,
-                    batch_size=config.train.batch_size,
-                    max_length=parts.max_length,
-                    group=group,
-                )
-                log.write({"step": step + 1, "eval_loss": eval_loss})
+                with trainer.averaged():
+                    eval_loss = evaluate_loss(
+                        trainer.session,
+                        parts.eval_dataset,
+                        batch_size=config.train.batch_size,
+                        max_length=parts.max_length,
+                        most_bytes=most_bytes,
+                        group=group,
+                    )
+                better = progress.after_evaluation(done, eval_loss, config.train)
+                log.write({"step": done, "eval_loss": eval_loss, **progress.best()})
+                last = last or progress.stopped_early
             if samples is not None and (last or _due(config.train.sample_every, step)):
                 log.write({"step": step + 1, "samples": samples(trainer.session)})
             stop, save_now = wanted.agreed(group)
-            if last or stop or save_now or _due(config.train.save_every, step):
+            if last or better or stop or save_now or _due(config.train.save_every, step):
                 save(step + 1)
                 wanted.saved()
             if stop and not last:
                 raise Interrupted(f"stopped after step {step + 1}; go on with --resume")
-    weights = _save_result(parts, trainer.weights() if parts.lora is not None else trainer.all_weights(), out, group)
+            if last:
+                break
+    if config.train.patience is not None and progress.best_step not in (None, done):
+        best = checkpoint_of(out, progress.best_step)
+        trainer.restore(best.weights, best.optimizer)
+    with trainer.averaged():
+        trained = trainer.weights() if parts.lora is not None else trainer.all_weights()
+        weights = _save_result(parts, trained, out, group)
     examples = parts.tokenized
     plan_hash = next(iter(trainer.session.programs.values())).plan_hash if trainer.session.programs else ""
     counts = examples.counts
@@ -430,11 +418,13 @@ def _finetune(
         unstopped=counts.unstopped,
         trained_share=parts.dataset.trained_tokens / parts.dataset.tokens,
         converted=examples.converted,
-        steps=parts.steps.total,
+        steps=done,
         backend=parts.backend.name,
         exact=parts.backend.exact,
         plan_hash=plan_hash,
         eval_loss=eval_loss,
+        skipped=progress.skipped,
+        **progress.best(),
     )
     if group.rank == 0:
         _write_plan(trainer, out / "smedjan" / "plan.json", run, errors)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from smedjan.checkpoint.raw import specs_of
 from smedjan.runtime.session import bucket_rows
-from smedjan.train.largest import largest_form, planned_bytes
+from smedjan.train.largest import largest_program, planned_bytes
 from smedjan.train.meter import Meter
 from smedjan.train.step import Trainer
 
@@ -32,8 +32,7 @@ def header(parts: Finetune, trainer: Trainer, meter: Meter, start: int) -> Heade
     batch = steps.batches_for_step(min(start, steps.total - 1))[0]
     rows = 0 if parts.backend.exact else len(bucket_rows(batch.labels.reshape(-1)))
     program = session.micro_program(session.form(batch, rows=rows), trainer.names)
-    # In a session without weights: the largest micro-batch may never come, and its program would stay
-    planned = replace(session, parameters={}).micro_program(largest_form(parts, session.dtype), trainer.names)
+    planned = largest_program(parts, trainer)
     session.reserve(planned)
     dataset = parts.dataset
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from smedjan.graph.program import Program
@@ -29,6 +30,13 @@ def largest_form(parts: Finetune, dtype: str) -> Form:
         rows=rows,
         positions=train.batch_size if train.packing else 1,
     )
+
+
+def largest_program(parts: Finetune, trainer: Trainer) -> Program:
+    """Planned in a session without weights, and not run: the largest micro-batch may never come, and its program would
+    stay."""
+    session = replace(trainer.session, parameters={})
+    return session.micro_program(largest_form(parts, session.dtype), trainer.names)
 
 
 def planned_bytes(trainer: Trainer, program: Program) -> int:

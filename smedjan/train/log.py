@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,11 @@ class RunLog:
         if not self.speaks:
             return
         with write_errors(self.path), self.path.open("a") as file:
-            file.write(json.dumps(event) + "\n")
+            file.write(json.dumps({key: _plain(value) for key, value in event.items()}, allow_nan=False) + "\n")
         if self.on_step is not None:
             self.on_step(event)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no word for a number that is not finite: null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -107,12 +107,13 @@ def plan(config: FinetuneConfig) -> Plan:
     form = largest_form(parts, trainer.session.dtype)
     program = trainer.session.micro_program(form, trainer.names)
     cost: Cost = program.cost
+    tokens = program.graph.inputs["input_ids"].numel
     counts = parts.tokenized.counts
     return Plan(
         parameters=sum(spec.numel for spec in specs_of(parts.files.tensors).values()),
         trained_parameters=sum(program.graph.inputs[name].numel for name in trainer.names),
         nodes=len(program.calls),
-        flops_per_token=cost.flops // (form.batch * form.seq),
+        flops_per_token=cost.flops // tokens,
         planned_bytes=planned_bytes(trainer, program),
         steps=parts.steps.total,
         rows={"kept": counts.kept, "truncated": counts.truncated, "dropped": counts.dropped},

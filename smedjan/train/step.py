@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from smedjan.backends.base import Array
@@ -12,8 +13,10 @@ from smedjan.checkpoint.raw import RawTensor
 from smedjan.checkpoint.shared import shares
 from smedjan.data.collate import Batch
 from smedjan.graph.tensor import Spec
-from smedjan.optim.adamw import AdamW
+from smedjan.optim.base import COPIES, Optimizer
+from smedjan.optim.sophia import Sophia
 from smedjan.runtime.session import Session
+from smedjan.train.hessian import Hessian
 
 MASK32 = 0xFFFFFFFF
 
@@ -28,7 +31,7 @@ class Trainer:
         self,
         session: Session,
         names: Sequence[str],
-        optimizer: AdamW,
+        optimizer: Optimizer,
         *,
         seed: int = 0,
         group: Collective | None = None,
@@ -41,26 +44,35 @@ class Trainer:
         exact = session.backend.exact
         graph = optimizer.graph(self.shapes, exact=exact, buckets=not exact)
         self.update = session.finish(graph)
+        self.hessian = Hessian(session, optimizer, self.shapes) if isinstance(optimizer, Sophia) else None
         self.state: dict[str, Array] = {
-            name: self._master(name.removeprefix("master."))
-            if name.startswith("master.")
+            name: self._copy(name.partition(".")[2])
+            if name.partition(".")[0] in COPIES
             else session.backend.zeros(shape, dtype)
             for name, (shape, dtype) in optimizer.state(self.shapes).items()
         }
 
-    def _master(self, name: str) -> Array:
+    def _copy(self, name: str) -> Array:
         """The float32 copy of a parameter, exact: every narrower number is one of float32."""
         backend = self.session.backend
         return backend.from_raw(convert(backend.to_raw(self.session.parameters[name]), "float32"))
 
-    def step(self, batches: Sequence[Batch], *, number: int, lr: float) -> tuple[float, float]:
+    def step(
+        self, batches: Sequence[Batch], *, number: int, lr: float, taken: int | None = None
+    ) -> tuple[float, float]:
         """Step `number` (from 1) over its micro-batches: loss (mean over the step's trained tokens), gradient norm.
 
         Every micro-batch's loss is divided by the trained tokens of the whole step, so that how the rows are split
-        cannot change it.
+        cannot change it. A norm that is not finite changes neither weights nor state. The optimizer counts this step as
+        its `taken`th where earlier ones were skipped.
         """
+        taken = number if taken is None else taken
+        if self.hessian is not None and self.hessian.due(taken):
+            # Before the step's own gradients: a planned program's next run would write over them.
+            key = (self.seed & MASK32, self.seed >> 32, number, 0)
+            self.state.update(self.hessian.estimate(self.session, self.state, batches[0], key=key))
         losses, grads = self.losses_and_grads(batches, number=number)
-        made = self.update(self._inputs(grads, number, lr))
+        made = self.update(self._inputs(grads, taken, lr))
         self.session.flops += self.update.cost.flops
         for name in self.names:
             self.session.parameters[name] = made[name]
@@ -106,20 +118,32 @@ class Trainer:
 
     def _inputs(self, grads: Mapping[str, Array], number: int, lr: float) -> dict[str, Any]:
         backend = self.session.backend
-        seed = {"seed": backend.scalar(self.seed)} if self.optimizer.seeded(self.shapes) else {}
+        scalars = self.optimizer.scalars(self.shapes, lr=lr, step=number, seed=self.seed)
         return {
             **{name: self.session.parameters[name] for name in self.names},  # a master stands in for its own
             **{f"grad.{name}": array for name, array in grads.items()},
             **self.state,
-            **{name: backend.scalar(rate) for name, rate in self.optimizer.learning_rates(lr, self.shapes).items()},
-            "step": backend.scalar(number),
-            **seed,
+            **{name: backend.scalar(value) for name, value in scalars.items()},
         }
 
     def _float(self, scalar: float | Array) -> float:
         if isinstance(scalar, float):
             return scalar
         return float(to_float32(self.session.backend.to_raw(scalar))[0])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the session's parameters are the mean of the weights, each in its dtype, where one is kept."""
+        parameters = self.session.parameters
+        raw = {name: parameters[name] for name in self.names}
+        try:
+            if self.optimizer.ema:
+                for name in self.names:
+                    mean = self.session.backend.to_raw(self.state[f"ema.{name}"])
+                    parameters[name] = self.session.backend.from_raw(convert(mean, self.shapes[name][1]))
+            yield
+        finally:
+            parameters.update(raw)
 
     def weights(self) -> dict[str, RawTensor]:
         """The trained parameters, on the host."""

@@ -63,7 +63,10 @@ def test_quickstart(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert (folder / "merged.Modelfile").read_text().startswith("FROM ./merged.gguf")
 
 
-STEP = {"step", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "tokens_per_s", "peak_bytes", "mfu", "eta_s"}
+STEP = {
+    *("step", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "tokens_per_s", "peak_bytes", "mfu", "eta_s"),
+    "skipped",
+}
 HEADER = {
     *("model", "trained", "lora", "rows", "steps", "optim", "seed", "backend", "device", "exact", "plan_hash"),
     *("memory", "peak", "versions", "config_hash", "data", "started", "out"),
@@ -79,7 +82,14 @@ TRAIN = ["finetune", "--model", "downloaded", "--data", "rows.jsonl", "--train.s
         (["graph", "downloaded", "--length", "16"], PLAN, True),
         (["graph", "downloaded", "--length", "16", "--decode", "--quantize", "int8"], PLAN, True),
         ([*TRAIN, "--dry-run"], PLAN, True),
-        ([*TRAIN, "--out", "json-run"], {"run_dir", "weights_sha256", "rows", "trained_share", "converted"}, True),
+        (
+            [*TRAIN, "--out", "json-run"],
+            {
+                *("run_dir", "weights_sha256", "rows", "trained_share", "converted"),
+                *("skipped", "best_step", "best_eval_loss", "stopped_early"),
+            },
+            True,
+        ),
         (
             ["generate", "downloaded", "7 is ", "--max-new-tokens", "2"],
             {"token_ids", "text", "finish_reason", "prompt_tokens", "tokens_per_s", "quantization"},

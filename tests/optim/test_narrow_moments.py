@@ -13,7 +13,8 @@ from smedjan.errors import BackendError
 from smedjan.graph.program import Program
 from smedjan.graph.rewrite import decompose
 from smedjan.ops.optimizer import BLOCK, ZERO, magnitudes, middles
-from smedjan.optim.adamw import EIGHT_BIT_FROM, STATES, AdamW
+from smedjan.optim.adamw import AdamW
+from smedjan.optim.base import EIGHT_BIT_FROM, STATES
 from smedjan.runtime.select import backend
 
 SHAPES = {"w": (32, 160), "odd": (4099,), "norm": (256,), "u": (4096,)}

@@ -26,7 +26,8 @@ train.save-every train.keep train.eval-every train.sample-every train.sample-pro
 train.attention train.fp8 train.memory train.freeze train.only
 train.z-loss train.label-smoothing train.neftune train.new-tokens
 optim.name optim.lr optim.lr-pattern optim.weight-decay optim.master optim.clip optim.schedule optim.warmup
-optim.state optim.rounding optim.cycles optim.beta1 optim.beta2 optim.eps
+optim.max-skipped optim.momentum optim.muon-adjust optim.adamw-lr optim.rho optim.hessian-every
+train.ema train.patience train.min-delta optim.state optim.rounding optim.cycles optim.beta1 optim.beta2 optim.eps
 lora.rank lora.alpha lora.dropout lora.targets lora.last-layers
 lora.modules-to-save
 lora.rslora lora.rank-pattern lora.alpha-pattern lora.init lora.dora lora.bits"""
@@ -307,7 +308,7 @@ def test_the_hash_holds_what_decides_the_numbers() -> None:
         replace(base, backend="mlx_metal"),
         replace(base, train=replace(base.train, save_every=7, keep=7, eval_every=7)),
         replace(base, train=replace(base.train, sample_every=7, sample_prompts="x", track=("tensorboard",))),
-        replace(base, optim=replace(base.optim, lr=0.0005)),
+        replace(base, optim=replace(base.optim, lr=0.0005, max_skipped=7)),
         from_flags(optim__lr="5e-4", train__epochs="1"),
     ]
     assert {made.config_hash() for made in same} == {base.config_hash()}
@@ -319,6 +320,10 @@ def test_the_hash_holds_what_decides_the_numbers() -> None:
         replace(base, train=replace(base.train, loss_on="all")),
         replace(base, optim=replace(base.optim, eps=1e-6)),
         replace(base, lora=replace(base.lora, rank=8)),
+        replace(base, train=replace(base.train, ema=0.9)),
+        watched := replace(base, eval_data=Path("e"), train=replace(base.train, patience=2)),
+        replace(watched, train=replace(watched.train, eval_every=7)),
+        replace(watched, train=replace(watched.train, min_delta=0.1)),
     ]
     assert len({base.config_hash(), *(made.config_hash() for made in other)}) == len(other) + 1
     full = replace(base, method="full")

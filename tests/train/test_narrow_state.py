@@ -9,7 +9,7 @@ import pytest
 
 import smedjan
 from smedjan.checkpoint.run_dir import load_checkpoint
-from smedjan.optim import adamw
+from smedjan.optim import base
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from smedjan.optim import adamw
 )
 @pytest.mark.parametrize("backend", ["torch_reference", "cpu_native"])
 def test_a_stopped_run_goes_on_to_the_same_bits(configure, monkeypatch, backend, state, rounding, master):
-    monkeypatch.setattr(adamw, "EIGHT_BIT_FROM", 256)
+    monkeypatch.setattr(base, "EIGHT_BIT_FROM", 256)
     flags = {"backend": backend, "optim__state": state, "optim__rounding": rounding, "optim__master": master}
     config = configure("whole", train__steps=6, train__save_every=3, dtype="bfloat16", **flags)
     stopped = replace(config, out=config.out.with_name("stopped"), resume=True)

@@ -22,6 +22,7 @@ from smedjan.backends.cpu_native import (  # noqa: F401  (each fills RULES, PLAN
     norm,
     optimizer,
     rope,
+    steps,
 )
 from smedjan.backends.cpu_native.native import rules as native_rules
 from smedjan.backends.cpu_native.native.memory import Chunks

@@ -48,14 +48,18 @@ def adamw_bucket(
     **_: object,
 ) -> None:
     bucket = split_bucket(ins, sites, eight_bit=False, narrow=narrow)
-    lr, number, _seed, grad_scale = bucket.scalars
+    lr, number, _seed, grad_scale, norm = bucket.scalars
+    if norm is not None and norm.dtype != torch.float32:
+        wide = run.scratch((), torch.float32)
+        run.library("aten copy", Tensor.copy_, wide, norm)
+        norm = wide
     folded = run.host(partial(numbers, beta1=beta1, beta2=beta2, weight_decay=weight_decay), lr, number)
     lists = (bucket.params, bucket.grads, bucket.exp_avgs, bucket.exp_avg_sqs)
     narrows = bucket.narrows or (None,) * len(sites)
     steps = [
         step(
             f"adamw_{DTYPES[grad.dtype]}",
-            (param, grad, *moments, narrowed, folded, grad_scale),
+            (param, grad, *moments, narrowed, folded, grad_scale, norm),
             (param.numel(),),
             (1.0 - beta1, beta2, 1.0 - beta2, eps),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import torch
@@ -96,6 +96,17 @@ _unary("scale", "scale", "factor")
 _unary("divide", "divide", "divisor")
 _unary("add_scalar", "add_scalar", "value")
 _unary("rsqrt", "rsqrt")
+_unary("sign", "sign")
+
+
+@RULES.kernel("clamp", label="triton clamp", inplace=same_place, strided=True)
+def clamp(run: Launches, ins: tuple, outs: tuple, *, low: float, high: float) -> None:
+    """Two launches where both ends are finite."""
+    (x,), (y,) = ins, outs
+    ends = [(op, number) for op, number in (("at_least", low), ("at_most", high)) if isfinite(number)]
+    for op, number in ends or [("copy", 0.0)]:
+        unary(run, x, y, op, number=number)
+        x = y
 
 
 @RULES.kernel("_cast", label="triton cast", strided=True)

@@ -76,7 +76,7 @@ def adamw_bucket(
 ) -> None:
     """All of a bucket's parameters in one launch. Outputs are the inputs' buffers."""
     bucket = split_bucket(ins, sites, eight_bit=eight_bit, narrow=narrow)
-    lr, step, seed, grad_scale = bucket.scalars
+    lr, step, seed, grad_scale, norm = bucket.scalars
     sizes = [param.numel() for param in bucket.params]
     if not any(sizes):
         return
@@ -95,6 +95,7 @@ def adamw_bucket(
         (sum(tiles) if table is not None else common.cdiv(count, tile.rows * BLOCK),),
         *(flat.get(name) for name in LISTS),
         grad_scale,
+        norm,
         run.host(folded, lr, step, seed if table is not None else None),
         run.host(levels) if eight_bit else None,
         table,
@@ -124,10 +125,10 @@ def adamw_update(
     weight_decay: float,
 ) -> None:
     """One parameter: a bucket of one."""
-    param, grad, exp_avg, exp_avg_sq, lr, step, grad_scale = ins
+    param, grad, exp_avg, exp_avg_sq, lr, step, grad_scale, norm = ins
     adamw_bucket(
         run,
-        (param, grad, exp_avg, exp_avg_sq, lr, step, None, grad_scale),
+        (param, grad, exp_avg, exp_avg_sq, lr, step, None, grad_scale, norm),
         outs,
         beta1=beta1,
         beta2=beta2,
@@ -178,6 +179,17 @@ def norm_and_clip(run: Launches, ins: tuple, outs: tuple, *, max_norm: float) ->
 def clip_coefficient(run: Launches, ins: tuple, outs: tuple, *, max_norm: float) -> None:
     tile = common.flat_tile()
     run.kernel(kernels.clip_coefficient, (1,), ins[0], outs[0], max_norm, **{**tile.options, "num_warps": 1})
+
+
+@RULES.kernel("keep", label="triton keep")
+def keep(run: Launches, ins: tuple, outs: tuple) -> None:
+    """Whole arrays. `old` is the result's place."""
+    new, old, norm = ins
+    assert new.is_contiguous(), f"strides {new.stride()}"
+    assert old.is_contiguous(), f"strides {old.stride()}"
+    tile = common.flat_tile()
+    grid = (common.cdiv(old.numel(), tile.cols),)
+    run.kernel(kernels.keep, grid, new, old, norm, old.numel(), COLS=tile.cols, **tile.options)
 
 
 @RULES.kernel("accumulate", label="triton accumulate")

@@ -73,7 +73,17 @@ def mul(a: mx.array, b: mx.array) -> mx.array:
 
 @RULES.rule("div")
 def div(a: mx.array, b: mx.array) -> mx.array:
-    return a / b
+    return (wide(a) / wide(b)).astype(a.dtype)
+
+
+@RULES.rule("sign")
+def sign(x: mx.array) -> mx.array:
+    return mx.sign(x)
+
+
+@RULES.rule("clamp")
+def clamp(x: mx.array, *, low: float, high: float) -> mx.array:
+    return mx.clip(wide(x), low, high).astype(x.dtype)
 
 
 @RULES.rule("scale")

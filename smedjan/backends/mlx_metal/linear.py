@@ -23,6 +23,11 @@ def linear_dx(dy: mx.array, weight: mx.array) -> mx.array:
     return dy @ weight
 
 
+@RULES.rule("linear_dx_add")
+def linear_dx_add(acc: mx.array, dy: mx.array, weight: mx.array) -> mx.array:
+    return mx.addmm(acc, dy, weight)
+
+
 @RULES.rule("linear_dw")
 def linear_dw(dy: mx.array, x: mx.array) -> mx.array:
     return rows(dy).T @ rows(x)

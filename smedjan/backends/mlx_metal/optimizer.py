@@ -31,6 +31,11 @@ def clip_coefficient(norm: mx.array, *, max_norm: float) -> mx.array:
     return mx.minimum(max_norm / (wide(norm) + 1e-6), 1.0).astype(norm.dtype)
 
 
+@RULES.rule("keep")
+def keep(new: mx.array, old: mx.array, norm: mx.array) -> mx.array:
+    return mx.where(mx.isfinite(norm), new, old)
+
+
 def _bias_correction(beta: float, step: mx.array) -> mx.array:
     """1 - beta^t. float32's power would lose four digits of it at beta = 0.999, t = 1; expm1 loses none."""
     return -mx.expm1(step * math.log(beta)) if beta > 0 else mx.ones((), dtype=mx.float32)
@@ -45,6 +50,7 @@ def adamw_update(
     lr: mx.array | float,
     step: mx.array | int,
     grad_scale: mx.array | None,
+    norm: mx.array | None,
     *,
     beta1: float,
     beta2: float,
@@ -59,4 +65,7 @@ def adamw_update(
     second = beta2 * wide(exp_avg_sq) + (1 - beta2) * mx.square(gradient)
     root = mx.sqrt(second) / mx.sqrt(_bias_correction(beta2, count)) + eps
     moved = decayed - rate / _bias_correction(beta1, count) * first / root
-    return moved.astype(param.dtype), first.astype(exp_avg.dtype), second.astype(exp_avg_sq.dtype)
+    made = moved.astype(param.dtype), first.astype(exp_avg.dtype), second.astype(exp_avg_sq.dtype)
+    if norm is None:
+        return made
+    return keep(made[0], param, norm), keep(made[1], exp_avg, norm), keep(made[2], exp_avg_sq, norm)

@@ -25,6 +25,7 @@ from smedjan.backends.torch_reference import (  # noqa: F401  (each fills RULES)
     quantized,
     random,
     rope,
+    steps,
 )
 from smedjan.backends.torch_reference import (
     shape as shape_rules,  # noqa: F401

@@ -34,6 +34,7 @@ RULES.rule("div")(torch.div)
 RULES.rule("scale_by")(torch.mul)
 RULES.rule("divide_by")(torch.div)
 RULES.rule("rsqrt")(torch.rsqrt)
+RULES.rule("sign")(torch.sign)
 
 
 @RULES.rule("_cast")
@@ -67,6 +68,11 @@ def power(x, *, exponent):
 @RULES.rule("add_scalar")
 def add_scalar(x, *, value):
     return x + value
+
+
+@RULES.rule("clamp")
+def clamp(x, *, low, high):
+    return x.clamp(low, high)
 
 
 @RULES.rule("square")

@@ -24,8 +24,20 @@ def clip_coefficient(norm, *, max_norm):
     return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
 
 
+def skipped(norm):
+    """Whether the step changes nothing. A select by the host, which waits for the norm: exact steps keep their bits."""
+    return norm is not None and not bool(norm.isfinite())
+
+
+@RULES.rule("keep")
+def keep(new, old, norm):
+    return old if skipped(norm) else old.copy_(new)
+
+
 @RULES.rule("adamw_update")
-def adamw_update(param, grad, exp_avg, exp_avg_sq, lr, step, grad_scale, *, beta1, beta2, eps, weight_decay):
+def adamw_update(param, grad, exp_avg, exp_avg_sq, lr, step, grad_scale, norm, *, beta1, beta2, eps, weight_decay):
+    if skipped(norm):
+        return param, exp_avg, exp_avg_sq
     if grad_scale is not None:
         grad = grad * grad_scale
     if weight_decay != 0:

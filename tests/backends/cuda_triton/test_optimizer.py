@@ -110,7 +110,7 @@ def draw(case: Case, rand: Any) -> Arrays:
 
 def scalars(case: Case, device: Any) -> list[Any]:
     scale = None if case.scale is None else torch.tensor(case.scale, device=device)
-    return [case.setting[0], case.step, SEED if any(case.stochastic) else None, scale]
+    return [case.setting[0], case.step, SEED if any(case.stochastic) else None, scale, torch.ones((), device=device)]
 
 
 def ours(case: Case, arrays: Arrays) -> list[Tensor]:

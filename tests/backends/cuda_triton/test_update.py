@@ -13,7 +13,7 @@ from smedjan.backends.planned.program import PlannedProgram, Pool
 from smedjan.errors import BackendError
 from smedjan.graph.program import Program
 from smedjan.ops.optimizer import BLOCK
-from smedjan.optim import adamw
+from smedjan.optim import base
 from smedjan.optim.adamw import AdamW
 from tests.tolerances import UNIT_ROUNDOFF
 
@@ -68,7 +68,7 @@ def test_rates_within_a_stack_are_refused(device):
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_planned_update_is_op_by_op_and_settles(device, monkeypatch, choice):
-    monkeypatch.setattr(adamw, "EIGHT_BIT_FROM", BLOCK)
+    monkeypatch.setattr(base, "EIGHT_BIT_FROM", BLOCK)
     optimizer, dtype, buckets = CHOICES[choice]
     graph = optimizer.graph({n: (s, dtype) for n, s in SHAPES.items()}, exact=False, buckets=True)
     pool = Pool(torch.device(device))

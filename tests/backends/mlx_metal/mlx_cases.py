@@ -293,6 +293,25 @@ def _optimizer() -> dict[str, Case]:
     }
 
 
+def _steps() -> dict[str, Case]:
+    """What optimizers' steps are made of."""
+    x, pair = {"x": normal(3, 5, 7)}, {"x": normal(3, 5), "g": normal(3, 5)}
+    quotient = {"a": normal(3, 5), "b": normal(5).abs() + 0.5}
+    product = {"c": normal(6, 7), "y": normal(6, 5), "w": normal(5, 7)}
+    return {
+        **{
+            f"keep_{norm}": Case(
+                lambda i: optimizer.keep(i["x"], i["g"], i["n"]), {**pair, "n": torch.tensor(norm)}, depth=0
+            )
+            for norm in (2.0, float("inf"), float("nan"))
+        },
+        "div": Case(lambda i: el.div(i["a"], i["b"]), quotient),
+        "sign": Case(lambda i: el.sign(i["x"]), {"x": torch.tensor([-2.0, -0.0, 0.0, 1e-30, 3.0])}, depth=0),
+        "clamp": Case(lambda i: el.clamp(i["x"], low=-0.5, high=0.75), x, depth=0),
+        "linear_dx_add": Case(lambda i: linear.linear_dx_add(i["c"], i["y"], i["w"]), product, depth=6),
+    }
+
+
 CASES: dict[str, Case] = {
     **_elementwise(),
     **_rows(),
@@ -332,6 +351,7 @@ CASES: dict[str, Case] = {
     **_random(),
     **_optimizer(),
     **_quantized(),
+    **_steps(),
 }
 
 CACHE_OPS = {kv_write.name, kv_read.name}

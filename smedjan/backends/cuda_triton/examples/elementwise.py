@@ -25,6 +25,13 @@ EXAMPLES = [
     Example(
         op="_cast", name="f32 8192 x 576 to bf16", ins=(array(8192, 576, dtype="float32"),), attrs={"dtype": "bfloat16"}
     ),
+    Example(
+        op="div", name="f32 576 by columns", ins=(array(1536, 576, dtype="float32"), array(1536, 1, dtype="float32"))
+    ),
+    Example(op="sign", name="f32 1536 x 576", ins=(array(1536, 576, dtype="float32"),)),
+    Example(
+        op="clamp", name="f32 1536 x 576", ins=(array(1536, 576, dtype="float32"),), attrs={"low": -1.0, "high": 1.0}
+    ),
     Example(op="copy", name="bf16 heads", ins=(array(4, 16, 2048, 128, order=HEADS),)),
     Example(op="sum_to", name="bf16 4 x 2048 x 1024 to a row", ins=(array(4, 2048, 1024),), attrs={"shape": (1024,)}),
     Example(

@@ -32,7 +32,7 @@ def _bucket(
         lists += [tuple(array(prod(shape) // BLOCK, dtype="float32") for shape in shapes)] * 2
     if narrow:
         lists.append(tuple(array(*shape, dtype=narrow) for shape in shapes))
-    scalars = (1e-4, 10, 7 if any(stochastic) else None, array(dtype="float32"))
+    scalars = (1e-4, 10, 7 if any(stochastic) else None, array(dtype="float32"), array(dtype="float32"))
     attrs = {
         **ADAMW,
         "sites": tuple(range(len(shapes))),
@@ -64,6 +64,12 @@ EXAMPLES = [
         op="global_norm", name="f32 SmolLM2", ins=tuple(array(*shape, dtype="float32") for shape in SMOLLM2), attrs={}
     ),
     Example(op="clip_coefficient", name="f32", ins=(array(dtype="float32"),), attrs={"max_norm": 1.0}),
+    Example(
+        op="keep",
+        name="f32 1536 x 576",
+        ins=(array(1536, 576, dtype="float32"), array(1536, 576, dtype="float32"), array(dtype="float32")),
+        attrs={},
+    ),
     Example(op="accumulate", name="bf16 14336 x 4096", ins=(array(14336, 4096), array(14336, 4096)), attrs={}),
     Example(
         op="accumulate",

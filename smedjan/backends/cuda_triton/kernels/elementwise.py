@@ -1,6 +1,7 @@
 """Arithmetic value by value over strided and broadcast operands, and the sums that undo a broadcast.
 
-    scale  f x;  divide  x / f;  add_scalar  x + f;  square  x^2;  power  x^n;  rsqrt  x^(-1/2)
+    scale  f x;  divide  x / f;  add_scalar  x + f;  square  x^2;  power  x^n;  rsqrt  x^(-1/2);  sign
+    at_least  max(x, f);  at_most  min(x, f), where NaN stays NaN
     add  a + b;  sub  a - b;  mul  a b;  div  a / b;  rsqrt_bwd  -1/2 a b^3
     sum_over:  out[k] = sum over r of x[k, r]
 
@@ -87,6 +88,12 @@ def _unary(x, number, OP: tl.constexpr, POWER: tl.constexpr):
         return x + number
     elif OP == "rsqrt":
         return tl.rsqrt(x)
+    elif OP == "sign":
+        return (x > 0).to(tl.float32) - (x < 0).to(tl.float32)
+    elif OP == "at_least":
+        return tl.where(x < number, number, x)
+    elif OP == "at_most":
+        return tl.where(x > number, number, x)
     else:
         tl.static_assert(OP == "power")
         return _power(x, POWER)

@@ -119,6 +119,20 @@ def _largest(value):
     return absmax, magnitude * tl.div_rn(1.0, tl.maximum(absmax, SMALLEST))[:, None]
 
 
+@triton.jit
+def _finite(norm):
+    """[1] that says whether the scalar is neither infinite nor NaN."""
+    return tl.abs(tl.load(norm + tl.arange(0, 1)).to(tl.float32)) < float("inf")
+
+
+@triton.jit
+def keep(new, old, norm, numel, COLS: tl.constexpr):
+    """old = new where norm is finite, COLS values."""
+    index = tl.program_id(0).to(tl.int64) * COLS + tl.arange(0, COLS)
+    inside = (index < numel) & _finite(norm)
+    tl.store(old + index, tl.load(new + index, mask=inside, other=0), mask=inside)
+
+
 @triton.jit(do_not_specialize=["count"])
 def adamw(
     param,
@@ -129,6 +143,7 @@ def adamw(
     exp_avg_sq_absmax,
     narrow_param,
     grad_scale,
+    norm,
     numbers,
     levels,
     segments,
@@ -146,6 +161,7 @@ def adamw(
     """ROWS x 256 values of the bucket.
 
     narrow_param  None, or what becomes the rounding of param
+    norm          None, or a scalar without which being finite nothing is written
     levels        None, or the dynamic data type of the moments, which are codes; their scales are the absmax arrays
     segments      None, or the table of the bucket's `count` parameters: a tile then belongs to one of them, which
                   begins at a multiple of ALIGNMENT and is as long. Random bits follow a value's place in its parameter
@@ -163,6 +179,8 @@ def adamw(
         numel = tl.multiple_of(_whole(segment, 4), ALIGNMENT)
         site = tl.load(segment + 6).to(tl.int32)
     inside = local + offset < numel
+    if norm is not None:
+        inside = inside & _finite(norm)[:, None]
     index = start + offset
 
     g = tl.load(grad + index, mask=inside, other=0.0).to(tl.float32)
@@ -172,6 +190,8 @@ def adamw(
     if levels is not None:
         block = start // BLOCK + tl.arange(0, ROWS)
         within = local + tl.arange(0, ROWS) * BLOCK < numel
+        if norm is not None:
+            within = within & _finite(norm)
         code = tl.load(exp_avg + index, mask=inside, other=0).to(tl.int32)
         m = tl.load(levels + tl.abs(code - ZERO))
         m = tl.where(code < ZERO, -m, m) * tl.load(exp_avg_absmax + block, mask=within, other=0.0)[:, None]

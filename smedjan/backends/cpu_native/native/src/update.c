@@ -4,9 +4,12 @@
  *   p -= lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
  *
  * p, m and v float32, the gradient of either dtype; `narrow`, where there is one, gets p rounded. Numbers of the step
- * (shrink = 1 - lr wd, rate = lr / (1 - b1^t), root = sqrt(1 - b2^t)) are folded by the host in float64.
+ * (shrink = 1 - lr wd, rate = lr / (1 - b1^t), root = sqrt(1 - b2^t)) are folded by the host in float64. Where the norm
+ * is not finite, nothing changes.
  */
 #include "rows.h"
+
+#include <float.h>
 
 #define DEFINE_SQUARES(T)                                                                                              \
     /* parts[rank] += sum of x^2, in float64 */                                                                        \
@@ -50,6 +53,9 @@ KERNEL smedjan_norm(const step *s, int rank, int threads)
         const G##_t *grad = s->array[1];                                                                               \
         bf16 *narrowed = s->array[4];                                                                                  \
         const float *now = s->array[5], clip = s->array[6] ? *(const float *)s->array[6] : 1.0f;                       \
+        const float *norm = s->array[7];                                                                               \
+        if (norm && !(fabsf(*norm) <= FLT_MAX))                                                                        \
+            return;                                                                                                    \
         const float shrink = now[0], rate = now[1], root = now[2];                                                     \
         const float one_less_b1 = s->real[0], b2 = s->real[1], one_less_b2 = s->real[2], eps = s->real[3];             \
         int64_t from, to;                                                                                              \
