@@ -46,4 +46,5 @@ EXAMPLES = [
 EXPLAINED = {
     "add": "a bias is read again for each row, from the first cache",
     "mul": "a factor for a row or a column is read again for each tile, from the first cache",
+    "clamp": "both ends in turn: the second launch reads and writes what the first one wrote",
 }
