@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from smedjan.backends.collective import Collective
-from smedjan.backends.peak import matmul_flops
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.errors import ConfigError, Elsewhere
 from smedjan.graph.lowering import RuleTable
@@ -86,6 +85,8 @@ class Backend(ABC):
 
     def peak_flops(self, dtype: str) -> float | None:
         """FLOP/s that this machine's matrix products of `dtype` reach, measured once in a process; None: unknown."""
+        from smedjan.backends.peak import matmul_flops  # it draws with numpy, which a backend does without
+
         if dtype not in self._peaks:
             self._peaks[dtype] = matmul_flops(self, dtype)
         return self._peaks[dtype]

@@ -42,8 +42,8 @@ from smedjan.train.config import FinetuneConfig
 rank, folder = int(os.environ["RANK"]), pathlib.Path(sys.argv[1])
 whole_step, whole_save = step.Trainer.step, shared.save_file
 
-def signalled(self, batches, *, number, lr):
-    made = whole_step(self, batches, number=number, lr=lr)
+def signalled(self, batches, *, number, lr, taken=None):
+    made = whole_step(self, batches, number=number, lr=lr, taken=taken)
     if rank == 1 and number == at:
         os.kill(os.getpid(), getattr(signal, trouble))
     return made
