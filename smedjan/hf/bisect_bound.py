@@ -9,8 +9,8 @@ by the formula of a whole case,
 
 with the exact backend in the case's dtype for `exact`, float64 of which nothing is narrowed for `ref`, and the maximum
 over what was compared so far: one lucky value of the exact backend's bounds nothing. The first value beyond is named.
-Behind the forward pass, gradients are compared in the order in which the backward pass makes them, the last layer's
-first.
+Layers of one input and the rotations of a layer are not taken together there: each op keeps its scope. Behind the
+forward pass, gradients are compared in the order in which the backward pass makes them, the last layer's first.
 """
 
 from __future__ import annotations

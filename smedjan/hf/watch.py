@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -71,18 +71,20 @@ class _Tagged(Replay):
             self.copy(node)
 
 
-class _Shown(Program):
-    """Runs as the plain loop, since a compiled program shows nothing of its inside."""
+class _Shown:
+    """The backend's own program, planned where that is how it runs, which shows every value to a session that looks."""
 
-    def __init__(self, graph: Graph, session: Watched) -> None:
-        super().__init__(graph, session.backend.rules)
-        self.session = session
+    def __init__(self, program: Program, session: Watched) -> None:
+        self._program, self._session = program, session
 
-    def __call__(self, inputs: Mapping[str, Any], *, observe: Observer | None = None) -> dict[str, Any]:
-        if self.session.see is None:
-            return super().__call__(inputs)
-        self.session.began(self.graph)
-        return super().__call__(inputs, observe=self.session.see)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._program, name)
+
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        if self._session.see is None:
+            return self._program(inputs)
+        self._session.began(self._program.graph)
+        return self._program(inputs, observe=self._session.see)
 
 
 class Watched(Session):
@@ -102,7 +104,7 @@ class Watched(Session):
         return super().forward(decoder, train=train)
 
     def finish(self, graph: Graph) -> Program:
-        return _Shown(super().finish(graph).graph, self)
+        return cast(Program, _Shown(super().finish(graph), self))
 
 
 def read_parameters(session: Session, batch: Batch) -> list[str]:

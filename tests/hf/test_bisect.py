@@ -3,10 +3,14 @@ Issue 4, Shows: "a mutation of each feature makes parity fail, and parity names 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from smedjan.backends.cpu_native.table import PLANNED
 from smedjan.backends.cpu_native.table import RULES as CPU_RULES
+from smedjan.backends.planned.table import KernelRule
 from smedjan.backends.torch_reference.table import RULES
 from smedjan.graph.lowering import Rule
 from smedjan.hf import bisect as module
@@ -107,6 +111,16 @@ def test_outside_the_layers(weight, behind):
 def wrong(monkeypatch, table, op, factor=1.01):
     """The rule of one op gives results that are off by a factor."""
     honest = table._rules[op][0]
+    if isinstance(honest, KernelRule):
+
+        def bind(run, ins, outs, **attrs):
+            honest.bind(run, ins, outs, **attrs)
+            for out in outs:
+                if out is not None:
+                    run.library("wrong", torch.Tensor.mul_, out, factor)
+
+        monkeypatch.setitem(table._rules, op, [replace(honest, bind=bind), *table._rules[op][1:]])
+        return
 
     def run(*arrays, **attrs):
         made = honest.run(*arrays, **attrs)
@@ -150,7 +164,10 @@ def test_a_wrong_model_on_a_fast_backend_is_told_from_a_wrong_backend(backend):
 def test_a_wrong_rule_of_a_fast_backend(monkeypatch, op):
     model = tiny("llama")
     session, peer = session_of(model, on="cpu_native"), Peer(model)
-    wrong(monkeypatch, CPU_RULES, op)
+    wrong(monkeypatch, CPU_RULES, op)  # which decodes
+    wrong(monkeypatch, PLANNED, op)  # which gives logits and gradients
+    if op == "rope":
+        wrong(monkeypatch, PLANNED, "qk_norm_rope")  # what becomes of two where nobody looks
     failed = [case for case in compare(session, peer, truth=peer.widened(), paddings=("left",)) if not case.holds]
     assert [case.mode for case in failed] == list(MODES)
     assert {place(case.parted) for case in failed} == {(0, op)}
@@ -160,7 +177,7 @@ def test_a_wrong_gradient_of_a_fast_backend(monkeypatch):
     """The forward pass is good. The first gradients that are off are those of what stands before the wrong op."""
     model = tiny("llama")
     session, peer = session_of(model, on="cpu_native"), Peer(model)
-    wrong(monkeypatch, CPU_RULES, "glu_bwd")
+    wrong(monkeypatch, PLANNED, "glu_bwd")
     cases = list(compare(session, peer, truth=peer.widened(), paddings=("none",)))
     assert [case.mode for case in cases if not case.holds] == ["gradients"]
     parted = cases[1].parted

@@ -143,8 +143,9 @@ def _backward(
         scaled(run, wide[:, own], expand, g[:, index * rank : (index + 1) * rank], scaling, add=False)
     if needs[1]:
         das, dbs = grads[: len(a)], grads[len(a) :]
-        if all(da is not None for da in das):
-            product(run, g.t(), _wide(run, x), run.stacked(das))
+        if any(da is not None for da in das):
+            with run.stacked_results(das, [tuple(each.shape) for each in a]) as da:
+                product(run, g.t(), _wide(run, x), da)
         for index, (own, db) in enumerate(zip(columns, dbs, strict=True)):
             if db is not None:
                 scaled(run, wide[:, own].t(), low[:, index * rank : (index + 1) * rank], db, scaling, add=False)

@@ -79,7 +79,9 @@ def linear_group_dx(run: Launches, ins: tuple, outs: tuple) -> None:
 @RULES.kernel("linear_group_dw", label=f"{MM}, stacked")
 def linear_group_dw(run: Launches, ins: tuple, outs: tuple, *, sizes: tuple[int, ...]) -> None:
     dy, x = ins
-    product(run, as_rows(dy).t(), as_rows(x), run.stacked(outs))
+    dy, x = as_rows(dy), as_rows(x)
+    with run.stacked_results(outs, [(size, x.shape[1]) for size in sizes]) as dw:
+        product(run, dy.t(), x, dw)
 
 
 @RULES.kernel(

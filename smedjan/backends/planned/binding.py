@@ -14,7 +14,7 @@ from smedjan.backends.planned.buffers import ARENA, HOST, INPUT_STORE, Buffers, 
 from smedjan.backends.planned.launch import Launches
 from smedjan.backends.planned.pool import Pool
 from smedjan.backends.planned.table import KernelRule
-from smedjan.graph.node import Graph
+from smedjan.graph.node import Graph, Node
 from smedjan.graph.tensor import Tensor
 
 
@@ -51,6 +51,7 @@ class Held:
     pool's `arena`, places of the host's numbers, and pinned buffers."""
 
     graph: Graph
+    nodes: Sequence[Node]
     plan: Buffers
     pool: Pool
     scratch: list[Store] = field(default_factory=list)
@@ -78,7 +79,29 @@ class Unbound:
         def host(function: Callable[..., Sequence[float]], scalars: Sequence[Any]) -> Array:
             return torch.empty(_count(function, scalars), dtype=torch.float32, device="meta")
 
-        return Launches(torch.device("meta"), scratch=scratch, host=host, value=self._value, allocate=_without_memory)
+        return Launches(
+            torch.device("meta"),
+            scratch=scratch,
+            host=host,
+            value=self._value,
+            allocate=_without_memory,
+            whole=self._whole(position),
+        )
+
+    def _whole(self, position: int) -> bool:
+        """Whether all results of the node there are whole outputs of the graph: else they cannot be moved."""
+        nodes = self.held.nodes
+        return position < len(nodes) and all(self._is_whole(tensor) for tensor in nodes[position].outputs)
+
+    def _is_whole(self, tensor: Tensor) -> bool:
+        place = self.held.plan.places.get(tensor)
+        if place is None:
+            return True
+        graph, store = self.held.graph, place.store
+        if store.kind in (ARENA, HOST):
+            return False
+        shape = (graph.inputs if store.kind == INPUT_STORE else graph.outputs)[store.name].shape
+        return tuple(place.array.shape) == shape and place.array.is_contiguous()
 
     def _value(self, scalar: Any) -> Callable[[], Any]:
         return HostValue(scalar.name) if isinstance(scalar, HostScalar) else lambda: scalar
@@ -125,7 +148,19 @@ class Bound(Unbound):
             held.numbers.append(HostNumbers(function, tuple(scalars), place))
             return place
 
-        return Launches(held.pool.device, scratch=scratch, host=host, value=self._value, allocate=held.pool.allocate)
+        return Launches(
+            held.pool.device,
+            scratch=scratch,
+            host=host,
+            value=self._value,
+            allocate=held.pool.allocate,
+            whole=self._whole(position),
+            movable=self._movable,
+        )
+
+    def _movable(self, array: Array) -> bool:
+        held = self.held
+        return any(array is other for other in (*held.arrays.values(), *held.results.values()))
 
     def _value(self, scalar: Any) -> Callable[[], Any]:
         value = super()._value(scalar)

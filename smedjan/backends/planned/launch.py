@@ -7,7 +7,8 @@ calls of a named library fill them. It allocates nothing and waits for nothing. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,11 @@ Value = Callable[[Any], Callable[[], Any]]
 
 
 class Launches:
-    """Where rules write down their launches, in order."""
+    """Where rules write down their launches, in order.
+
+    whole    the node's results are whole outputs of the graph, not places in the arena
+    movable  tells the arrays that can be moved
+    """
 
     def __init__(
         self,
@@ -57,8 +62,11 @@ class Launches:
         host: Host,
         allocate: memory.Allocate,
         value: Value = lambda scalar: lambda: scalar,
+        whole: bool = True,
+        movable: memory.Movable = memory.anywhere,
     ) -> None:
         self.device = device
+        self._whole, self._movable = whole, movable
         self.calls: list[Launch] = []
         self._scratch, self._host, self._value, self._allocate = scratch, host, value, allocate
 
@@ -88,11 +96,26 @@ class Launches:
 
     def stacked(self, tensors: Sequence[Tensor]) -> Tensor:
         """Whole parameters or gradients [O_i, ...] as one array [sum of O_i, ...] in memory: read or written as one."""
-        return memory.stacked(tensors, self._allocate)
+        return memory.stacked(tensors, self._allocate, self._movable)
+
+    @contextmanager
+    def stacked_results(self, outs: Sequence[Tensor | None], shapes: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
+        """One array [sum of O_i, ...] to write the results [O_i, ...] into, which are of one dtype. Whole gradients are
+        moved, once, to lie one behind another; what lies elsewhere, or is not all wanted, is copied there."""
+        wanted = [out for out in outs if out is not None]
+        if self._whole and len(wanted) == len(outs):
+            yield self.stacked(wanted)
+            return
+        sizes = [shape[0] for shape in shapes]
+        stack = self.scratch((sum(sizes), *shapes[0][1:]), wanted[0].dtype)
+        yield stack
+        for out, part in zip(outs, stack.split(sizes), strict=True):
+            if out is not None:
+                self.copy(part, out)
 
     def flat(self, *lists: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Each list of whole parameters, gradients or moments as one flat bucket, all in one order."""
-        return memory.flat(lists, self._allocate)
+        return memory.flat(lists, self._allocate, self._movable)
 
     def zero(self, out: Tensor) -> None:
         """out = 0. A strided `out` is a kernel of aten's fill: give whole buffers."""

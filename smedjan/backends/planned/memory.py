@@ -20,6 +20,13 @@ STACK = "_smedjan_stack"
 
 Allocate = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
 
+Movable = Callable[[Tensor], bool]
+"""Whether everybody who reads or writes a tensor's values holds this very tensor: only then it can be moved."""
+
+
+def anywhere(tensor: Tensor) -> bool:
+    return True
+
 
 def follow(first: Tensor, second: Tensor) -> bool:
     """Whether `second` begins where `first` ends, in one storage."""
@@ -30,7 +37,7 @@ def follow(first: Tensor, second: Tensor) -> bool:
     )
 
 
-def one_behind_another(tensors: Sequence[Tensor], allocate: Allocate) -> Tensor:
+def one_behind_another(tensors: Sequence[Tensor], allocate: Allocate, movable: Movable = anywhere) -> Tensor:
     """The tensors' values as one flat array, whose parts they become. Contiguous arrays of one dtype."""
     first = tensors[0]
     total = sum(tensor.numel() for tensor in tensors)
@@ -39,6 +46,7 @@ def one_behind_another(tensors: Sequence[Tensor], allocate: Allocate) -> Tensor:
         return torch.empty(total, dtype=first.dtype, device="meta")
     if all(follow(one, other) for one, other in pairwise(tensors)):
         return first.as_strided((total,), (1,))
+    assert all(map(movable, tensors)), "a place in the arena, or a part of an array, cannot be moved"
     flat = allocate((total,), first.dtype, first.device)
     start = 0
     for tensor in tensors:
@@ -49,16 +57,16 @@ def one_behind_another(tensors: Sequence[Tensor], allocate: Allocate) -> Tensor:
     return flat
 
 
-def stacked(tensors: Sequence[Tensor], allocate: Allocate) -> Tensor:
+def stacked(tensors: Sequence[Tensor], allocate: Allocate, movable: Movable = anywhere) -> Tensor:
     """[O_i, ...] each, equal but for the first dim -> [sum of O_i, ...]"""
     rest = tensors[0].shape[1:]
     assert all(tensor.shape[1:] == rest for tensor in tensors), f"{[list(tensor.shape) for tensor in tensors]}"
     for tensor in tensors:
         setattr(tensor, STACK, tuple(map(ref, tensors)))
-    return one_behind_another(tensors, allocate).view(-1, *rest)
+    return one_behind_another(tensors, allocate, movable).view(-1, *rest)
 
 
-def flat(lists: Sequence[Sequence[Tensor]], allocate: Allocate) -> tuple[Tensor, ...]:
+def flat(lists: Sequence[Sequence[Tensor]], allocate: Allocate, movable: Movable = anywhere) -> tuple[Tensor, ...]:
     """Each list as one flat array, all in one order. What follows in the first list goes on doing so.
 
     What is stacked belongs into one bucket: apart, each of the two would take it from the other in every step.
@@ -73,7 +81,7 @@ def flat(lists: Sequence[Sequence[Tensor]], allocate: Allocate) -> tuple[Tensor,
                 remedy="give q, k and v of a layer one learning rate and one kind of state, and so gate and up",
             )
     order = _order(lists[0])
-    return tuple(one_behind_another([tensors[index] for index in order], allocate) for tensors in lists)
+    return tuple(one_behind_another([tensors[index] for index in order], allocate, movable) for tensors in lists)
 
 
 def _order(tensors: Sequence[Tensor]) -> list[int]:

@@ -51,7 +51,7 @@ class PlannedProgram(Program):
         self._nodes = [call.node for call in self.calls]
         self._rules: list[Any] = [rules.lower(node) for node in self._nodes]
         self.plan = buffers.plan(graph, self._nodes, self._rules)
-        self._held = Held(graph=graph, plan=self.plan, pool=pool)
+        self._held = Held(graph=graph, nodes=self._nodes, plan=self.plan, pool=pool)
         self._recorded = self._write_down(Unbound(self._held))
         self.plan.stores.extend(self._held.scratch)
         self.plan.arena = buffers.settle(self.plan.stores)

@@ -47,7 +47,7 @@ def steps(session: Session) -> list[np.ndarray]:
 
 
 def decode_program(session: Session) -> Program:
-    return next(program for (_, form), program in session.programs.items() if form.seq == 1)
+    return next(made for (kind, form, *_), made in session.programs.items() if kind == "logits" and form.seq == 1)
 
 
 def peers(model: torch.nn.Module) -> list[np.ndarray]:
