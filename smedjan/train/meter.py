@@ -38,6 +38,11 @@ class Meter:
         now = time.perf_counter()
         self._ticks.append(now)
         seconds = max(now - self._began, 1e-9)  # a clock may be coarser than a step
-        mfu = None if not self.peak_flops else (session.flops - self._flops) / seconds / self.peak_flops
+        mfu = None
+        if self.peak_flops:
+            reached = (session.flops - self._flops) / seconds
+            # A machine that was busy when its peak was measured: what a step reached, it has.
+            self.peak_flops = max(self.peak_flops, reached)
+            mfu = reached / self.peak_flops
         a_step = (now - self._ticks[0]) / (len(self._ticks) - 1)
         return {"tokens_per_s": tokens / seconds, "mfu": mfu, "eta_s": left * a_step}

@@ -81,7 +81,8 @@ def test_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert evaluation["n"] == len(right) == 12
     assert evaluation["exact_match"] == pytest.approx(sum(right) / 12)
     assert len(json.loads((inside / "bench.json").read_text())["rounds"]) == 3
-    steps = [json.loads(line) for line in (inside / "log.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (inside / "log.jsonl").read_text().splitlines()]
+    steps = [event for event in events if "loss" in event]
     assert max(row["step"] for row in steps) == steps[0]["total_steps"] > 1
     html = (out / "report.html").read_text(encoding="utf-8")
     for said_there in ("Licence notice to SPDX identifier", "CC-BY-4.0", "Q4_1", "tf-idf + logistic regression, tuned"):

@@ -132,6 +132,20 @@ def test_the_time_left_is_by_the_last_steps_and_what_is_between_them(configure, 
     assert made["mfu"] == 0.0
 
 
+def test_a_step_above_the_measured_peak_is_the_peak(configure, monkeypatch):
+    """The machine was busy when its peak was measured, and is no longer."""
+    parts, now, session = Finetune(configure()), [0.0], Idle()
+    monkeypatch.setattr(type(parts.backend), "peak_flops", lambda self, dtype: 100.0)
+    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: now[0])
+    meter, found = Meter(parts.backend, "float32"), []
+    for flops in (50, 200, 50):
+        meter.start(session)
+        now[0] += 1.0
+        session.flops += flops
+        found.append(meter.stop(session, tokens=1, left=0)["mfu"])
+    assert found == [0.5, 1.0, 0.25]
+
+
 def test_no_peak_is_no_mfu(configure, monkeypatch):
     parts = Finetune(configure())
     monkeypatch.setattr(type(parts.backend), "peak_flops", lambda self, dtype: None)
