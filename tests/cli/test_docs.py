@@ -51,7 +51,7 @@ def test_quickstart(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     for words in commands(ROOT / "docs" / "quickstart.md"):
         printed[words[0]] = run(words, folder, capsys, monkeypatch)
     assert "0 is \u27e6even<end>\u27e7" in printed["data"]
-    assert "64 kept, 0 truncated, 0 dropped" in printed["data"]
+    assert "64 kept, 0 truncated, 0 dropped, 0 broken" in printed["data"]
     assert (folder / "rows.html").read_text().startswith("<!doctype html>")
     assert "cases equal to the bit" in printed["parity"]
     assert "OUT OF" not in printed["parity"]
