@@ -259,6 +259,8 @@ def _read_csv(file: Path, broken: Callable[[DataError], None]) -> Iterator[tuple
         header = _csv_row(reader, source) or []
         if any(map(has_surrogate, header)):
             raise source.error(*_NOT_UTF8)
+        if len(header) == 1 and (mark := next((mark for mark in ";\t|" if mark in header[0]), None)):
+            raise source.error(f"one column, {_short(header[0])!r}", f"separate columns by commas, not by {mark!r}")
         if len(set(header)) != len(header):
             raise source.error("a column is named twice", "rename one of them")
         while True:

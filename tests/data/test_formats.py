@@ -194,6 +194,8 @@ def test_bad_json_arrays(tmp_path: Path) -> None:
 
 def test_bad_csv(tmp_path: Path) -> None:
     refused(lines(tmp_path / "a.csv", "text,text", "a,b"), "line 1", "a column is named twice")
+    excel = refused(lines(tmp_path / "g.csv", "prompt;completion", "a;b"), "line 1", "one column, 'prompt;completion'")
+    assert excel.remedy == "separate columns by commas, not by ';'"
     refused(lines(tmp_path / "b.csv", "prompt,completion", "a,b", "a,b,c"), "line 3", "3 fields for 2 columns")
     refused(lines(tmp_path / "c.csv", "text", "a", '"b" c'), "line 3", "is not CSV")
     refused(lines(tmp_path / "d.csv", "text", "a", '"b'), "line 3", "is not CSV")
