@@ -151,12 +151,14 @@ def _code() -> str:
 
 
 def _write(file: Path, files: Sequence[Path], made: Tokenized) -> None:
-    first, names = made.first_broken, [str(file) for file in files]
+    first, told = made.first_broken, None
+    if first is not None:
+        told = ([str(file) for file in files].index(str(first.file)), first.field, first.message, first.remedy)
     about = {
         "first": [(files.index(source.file), source.line, source.unit) for source in made.examples.first],
         "counts": asdict(made.counts),
         "converted": made.converted,
-        "first_broken": None if first is None else (names.index(first.file), first.field, first.message, first.remedy),
+        "first_broken": told,
     }
     said = json.dumps(about)
     save_file(file, made.examples.tensors, {_ABOUT: said, _SHA256: _digest(file.name, said, made.examples)})
