@@ -30,6 +30,7 @@ def inspect(
         Literal["completion", "last", "all"], Parameter(help="what is trained, as in finetune")
     ] = "completion",
     too_long: Annotated[Literal["error", "truncate", "drop"], Parameter(help="as in finetune")] = "error",
+    broken: Annotated[Literal["error", "drop"], Parameter(help="as in finetune")] = "error",
     html: Annotated[Path | None, Parameter(help="write the rows as a page")] = None,
     common: Common = COMMON,
 ) -> Outcome:
@@ -37,7 +38,7 @@ def inspect(
 
     Example: smedjan data inspect rows.jsonl --model smollm2
     """
-    from smedjan.data.formats import conversion, stream_rows
+    from smedjan.data.formats import Broken, conversion, left_out, stream_rows
     from smedjan.data.inspect import inspect_rows
     from smedjan.hf.dataset_hub import data_path
     from smedjan.hf.load import open_model
@@ -47,16 +48,20 @@ def inspect(
     if rows < 0:
         raise ConfigError(f"is {rows}", field="rows", remedy="give 0 or more")
     files = open_model(model)
-    config = TrainConfig(max_length=max_length, loss_on=loss_on, too_long=too_long)
-    tokenizer = load_tokenizer(files.path)
+    config = TrainConfig(max_length=max_length, loss_on=loss_on, too_long=too_long, broken=broken)
+    tokenizer, left = load_tokenizer(files.path), Broken(broken, flag="--broken")
+    chat = tokenizer.chat_template is not None
     found = inspect_rows(
-        stream_rows(data_path(file, split, common.note), split, chat=tokenizer.chat_template is not None),
+        stream_rows(data_path(file, split, common.note), split, chat=chat, broken=left),
         tokenizer,
         max_length=config.max_length_for(files.config.max_position_embeddings),
         loss_on=loss_on,
         too_long=too_long,
+        broken=left,
         samples=rows,
     )
+    if said := left_out(left.count, left.first):
+        common.note(said)
     if said := conversion(found.converted):
         common.note(f"{file}: {said}")
     written = None if html is None else _write(html, found, file)
@@ -75,7 +80,7 @@ def _write(html: Path, found: Inspection, file: Path) -> Path:
 def _fields(found: Inspection) -> dict[str, Any]:
     counts = found.counts
     return {
-        "rows": {"kept": counts.kept, "truncated": counts.truncated, "dropped": counts.dropped},
+        "rows": counts.rows,
         "unstopped": counts.unstopped,
         "converted": found.converted,
         "tokens": found.tokens,

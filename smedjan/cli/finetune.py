@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,28 +33,33 @@ def finetune(
     overrides = typed if common.backend == "auto" else {**typed, "backend": common.backend}
     wanted = FinetuneConfig.from_toml(config, overrides)
     if wanted.dry_run:
-        return _plan(wanted)
+        return _plan(wanted, common)
     from smedjan.train.finetune import finetune as run
 
     with _listener(wanted, common) as on_step:
         made = run(wanted, on_step=on_step, say=common.note)
-    rows = ", ".join(f"{count} {what}" for what, count in made.rows.items())
-    text = f"{made.run_dir}: {made.steps} steps on {made.backend}; rows {rows}; weights {made.weights_sha256[:16]}"
+    rows, sha256 = _counted(made.rows), made.weights_sha256[:16]
+    text = f"{made.run_dir}: {made.steps} steps on {made.backend}; rows {rows}; weights {sha256}"
     if made.unstopped:
         text += f"\n{made.unstopped} rows train no stop token at their end: see smedjan data inspect"
     return Outcome(fields=vars(made), text=text)
 
 
-def _plan(wanted: FinetuneConfig) -> Outcome:
+def _plan(wanted: FinetuneConfig, common: Common) -> Outcome:
     from smedjan.train import fp8
     from smedjan.train.plan import plan
 
-    made = plan(wanted)
+    made = plan(wanted, say=common.note)
     rows = [(str(row["op"]), str(row["count"]), str(row["lowering"])) for row in made.ops]
-    text = f"{table(('op', 'count', 'lowering'), rows)}\n{summary(vars(made))}"
+    text = f"{table(('op', 'count', 'lowering'), rows)}\n{summary(vars(made))}\n"
+    text += f"{made.trained_parameters:,} parameters trained; {made.steps:,} steps on rows {_counted(made.rows)}"
     if made.fp8:
         text += f"\n{fp8.line(fp8.summary(made.fp8), on='inputs of a unit normal')}"
     return Outcome(fields=vars(made), text=text)
+
+
+def _counted(rows: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {what}" for what, count in rows.items())
 
 
 def _listener(wanted: FinetuneConfig, common: Common) -> Any:

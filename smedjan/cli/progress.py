@@ -33,7 +33,9 @@ class Bar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        # One that never began ends with an empty line all the same
+        if self._progress.live.is_started:
+            self._progress.stop()
 
     def __call__(self, event: dict[str, Any]) -> None:
         # From the first event on: an error before it is one line, without an empty bar above

@@ -1,9 +1,9 @@
 """Tokens of a data file, kept: a second run on the same rows, tokenizer and template starts at once.
 
 A file of the cache is named by the sha256 of all that decides its tokens: the content of the data files (not their
-paths), the tokenizer, the chat template and what it prints of the date, `loss_on`, `max_length`, `too_long`, and the
-code of this package. It is a safetensors file of the arrays of `tokens`, which are mapped: tokens need not fit into
-memory. It is there whole or not at all and holds the sha256 of what it says; where that is another, the rows are
+paths), the tokenizer, the chat template and what it prints of the date, `loss_on`, `max_length`, `too_long`, `broken`,
+and the code of this package. It is a safetensors file of the arrays of `tokens`, which are mapped: tokens need not fit
+into memory. It is there whole or not at all and holds the sha256 of what it says; where that is another, the rows are
 tokenized anew, which is said.
 
 Where: $SMEDJAN_CACHE, or $XDG_CACHE_HOME/smedjan, or ~/.cache/smedjan. `SMEDJAN_CACHE=off`: tokens are kept in memory,
@@ -31,7 +31,7 @@ from typing import Any
 from smedjan.checkpoint.digest import sha256_of_file
 from smedjan.checkpoint.raw import specs_of
 from smedjan.checkpoint.safetensors import open_file, read_metadata, save_file
-from smedjan.data.files import Source, data_files
+from smedjan.data.files import Broken, OnBroken, Source, data_files
 from smedjan.data.formats import stream_rows
 from smedjan.data.mask import Counts, LossOn, Tokenized, Tokenizer, TooLong, tokenize_rows
 from smedjan.data.tokens import ARRAYS, Tokens, TokenWriter
@@ -41,6 +41,7 @@ Say = Callable[[str], None]
 
 ENVIRONMENT = "SMEDJAN_CACHE"
 SUFFIX = ".tokens"
+FLAG = "--train.broken"
 UNUSED_SECONDS = 30 * 24 * 3600
 _ELSEWHERE = f"free some space, or set {ENVIRONMENT} to another folder, or to off"
 _ABOUT = "about"
@@ -69,6 +70,7 @@ def tokenize_file(
     max_length: int,
     loss_on: LossOn = "completion",
     too_long: TooLong = "error",
+    broken: OnBroken = "error",
     now: datetime,
     say: Say = lambda line: None,
 ) -> Tokenized:
@@ -78,8 +80,9 @@ def tokenize_file(
     options = {"max_length": max_length, "loss_on": loss_on, "too_long": too_long}
 
     def make(writer: TokenWriter) -> Tokenized:
-        rows = stream_rows(path, split, chat=tokenizer.chat_template is not None)
-        made = tokenize_rows(rows, tokenizer, now=now, into=writer, **options)  # type: ignore[arg-type]
+        left = Broken(broken, flag=FLAG)
+        rows = stream_rows(path, split, chat=tokenizer.chat_template is not None, broken=left)
+        made = tokenize_rows(rows, tokenizer, now=now, into=writer, broken=left, **options)  # type: ignore[arg-type]
         if before != [_state(file) for file in files]:
             raise DataError(
                 "was changed while it was read", file=path, remedy="wait until it is written, and try again"
@@ -88,7 +91,7 @@ def tokenize_file(
 
     if (where := folder()) is None:
         return make(TokenWriter(lambda name: io.BytesIO()))
-    key = _key(files, tokenizer, now, options)
+    key = _key(files, tokenizer, now, {**options, "broken": broken})
     kept = where / f"{key}{SUFFIX}"
     try:
         where.mkdir(parents=True, exist_ok=True)
@@ -148,10 +151,14 @@ def _code() -> str:
 
 
 def _write(file: Path, files: Sequence[Path], made: Tokenized) -> None:
+    first, told = made.first_broken, None
+    if first is not None:
+        told = ([str(file) for file in files].index(str(first.file)), first.field, first.message, first.remedy)
     about = {
         "first": [(files.index(source.file), source.line, source.unit) for source in made.examples.first],
         "counts": asdict(made.counts),
         "converted": made.converted,
+        "first_broken": told,
     }
     said = json.dumps(about)
     save_file(file, made.examples.tensors, {_ABOUT: said, _SHA256: _digest(file.name, said, made.examples)})
@@ -176,7 +183,16 @@ def _read(file: Path, files: Sequence[Path]) -> Tokenized:
         raise CheckpointError("is damaged", file=file)
     said = json.loads(about)
     first = [Source(file=files[index], line=line, unit=unit) for index, line, unit in said["first"]]
-    return Tokenized(examples=Tokens(made, first), counts=Counts(**said["counts"]), converted=said["converted"])
+    broken = None
+    if said["first_broken"] is not None:
+        index, field, message, remedy = said["first_broken"]
+        broken = DataError(message, file=files[index], field=field, remedy=remedy)
+    return Tokenized(
+        examples=Tokens(made, first),
+        counts=Counts(**said["counts"]),
+        converted=said["converted"],
+        first_broken=broken,
+    )
 
 
 def _remove_unused(where: Path) -> None:

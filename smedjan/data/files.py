@@ -7,11 +7,11 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from smedjan.errors import DataError
 
@@ -47,6 +47,41 @@ class Source:
 
     def error(self, message: str, remedy: str | None = None) -> DataError:
         return DataError(message, file=self.file, field=self.field, remedy=remedy)
+
+
+OnBroken = Literal["error", "drop"]
+
+
+class Broken:
+    """What becomes of rows that cannot be read or masked: the first one is an error, or all are left out and counted.
+
+    `flag` is what asks for the latter, for the remedy; where there is none, the row is to be repaired.
+    """
+
+    def __init__(self, on: OnBroken = "error", *, flag: str | None = None) -> None:
+        assert on in get_args(OnBroken), on
+        self.on, self.flag = on, flag
+        self.count = 0
+        self.first: DataError | None = None
+
+    def __call__(self, error: DataError) -> None:
+        """One row more, by what is wrong with it."""
+        if self.on == "error":
+            if self.flag is None:
+                raise error
+            remedy = "; ".join(part for part in (error.remedy, f"{self.flag} drop leaves broken rows out") if part)
+            raise DataError(error.message, file=error.file, field=error.field, remedy=remedy) from error
+        self.count += 1
+        self.first = self.first or error
+
+    def none_left(self, file: str | PathLike[str]) -> None:
+        """An error, if there were any: no other row is in the file."""
+        if self.first is not None:
+            raise DataError(
+                f"no row is left, {self.count} are broken; {self.first.field}: {self.first.message}",
+                file=file,
+                remedy=self.first.remedy,
+            )
 
 
 def data_files(path: str | PathLike[str], split: str) -> tuple[Path, ...]:
@@ -138,13 +173,20 @@ def _saved(folder: Path) -> tuple[Path, ...]:
     return files
 
 
-def read_records(file: Path, columns: Collection[str]) -> Iterator[tuple[Source, object]]:
+def read_records(
+    file: Path, columns: Collection[str], broken: Callable[[DataError], None] | None = None
+) -> Iterator[tuple[Source, object]]:
     """The records of a file, each parsed when it is asked for. Of a table that has any of `columns` no other column is
-    decoded."""
-    readers = {
-        ".jsonl": _read_jsonl,
-        ".json": _read_json,
-        ".csv": _read_csv,
+    decoded.
+
+    `broken` gets the error of a line that does not parse (by default it is raised), and the lines behind it follow.
+    What leaves open where the next row begins (a CSV's quotes, an array's brackets, a table) is always raised.
+    """
+    broken = broken or Broken()
+    readers: dict[str, Callable[[Path], Iterator[tuple[Source, object]]]] = {
+        ".jsonl": lambda lines: _read_jsonl(lines, broken),
+        ".json": lambda lines: _read_json(lines, broken),
+        ".csv": lambda lines: _read_csv(lines, broken),
         ".parquet": lambda table: _read_arrow(table, columns),
         ".arrow": lambda table: _read_arrow(table, columns),
     }
@@ -156,20 +198,26 @@ def read_records(file: Path, columns: Collection[str]) -> Iterator[tuple[Source,
         raise DataError(f"cannot be read: {error.strerror or error}", file=file, remedy="check the file") from error
 
 
-def _read_jsonl(file: Path) -> Iterator[tuple[Source, object]]:
+def _read_jsonl(file: Path, broken: Callable[[DataError], None]) -> Iterator[tuple[Source, object]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             source = Source(file=file, line=number)
-            text = _decode(line, source)
-            if text.strip():
-                yield source, _parse(text, source)
+            try:
+                text = _decode(line, source)
+                if not text.strip():
+                    continue
+                record = _parse(text, source)
+            except DataError as error:
+                broken(error)
+                continue
+            yield source, record
 
 
-def _read_json(file: Path) -> Iterator[tuple[Source, object]]:
+def _read_json(file: Path, broken: Callable[[DataError], None]) -> Iterator[tuple[Source, object]]:
     with file.open("rb") as stream:
         start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start.startswith(b"["):
-        yield from _read_jsonl(file)
+        yield from _read_jsonl(file, broken)
         return
     array = _parse(_decode(file.read_bytes(), Source(file=file, line=1)), Source(file=file, line=1))
     assert isinstance(array, list)
@@ -202,13 +250,17 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return record
 
 
-def _read_csv(file: Path) -> Iterator[tuple[Source, object]]:
+def _read_csv(file: Path, broken: Callable[[DataError], None]) -> Iterator[tuple[Source, object]]:
     # Not bytes by lines: a field may hold line breaks of any kind. A byte that is no UTF-8 becomes half a surrogate
     # pair, so that its line can be named.
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         reader = csv.reader(stream, strict=True)
         source = Source(file=file, line=1)
         header = _csv_row(reader, source) or []
+        if any(map(has_surrogate, header)):
+            raise source.error(*_NOT_UTF8)
+        if len(header) == 1 and (mark := next((mark for mark in ";\t|" if mark in header[0]), None)):
+            raise source.error(f"one column, {_short(header[0])!r}", f"separate columns by commas, not by {mark!r}")
         if len(set(header)) != len(header):
             raise source.error("a column is named twice", "rename one of them")
         while True:
@@ -218,9 +270,28 @@ def _read_csv(file: Path) -> Iterator[tuple[Source, object]]:
                 return
             if not values:
                 continue
-            if len(values) != len(header):
-                raise source.error(f"{len(values)} fields for {len(header)} columns", "quote fields that hold commas")
-            yield source, dict(zip(header, values, strict=True))
+            if any(map(has_surrogate, values)):
+                broken(source.error(*_NOT_UTF8))
+            elif len(values) != len(header):
+                broken(source.error(*_uneven(values, header)))
+            else:
+                yield source, dict(zip(header, values, strict=True))
+
+
+_NOT_UTF8 = ("is not UTF-8", "save the file as UTF-8")
+
+
+def _uneven(values: list[str], header: list[str]) -> tuple[str, str]:
+    """Message and remedy of a row that has more fields than there are columns, or fewer."""
+    counted = f"{len(values)} field{'s' * (len(values) != 1)} for {len(header)} columns ({', '.join(header)})"
+    if len(values) < len(header):
+        return f"{counted}: `{header[len(values)]}` is not there", "write it, or two quotes where it is empty"
+    over = values[len(header)]
+    return f"{counted}: none for {_short(over)!r}", "quote fields that hold commas"
+
+
+def _short(text: str, most: int = 24) -> str:
+    return text if len(text) <= most else f"{text[:most]}\u2026"
 
 
 def _csv_row(reader: Any, source: Source) -> list[str] | None:
@@ -234,8 +305,6 @@ def _csv_row(reader: Any, source: Source) -> list[str] | None:
         raise at.error(f"is not CSV: {error}", "quote the field") from error
     finally:
         csv.field_size_limit(limit)
-    if values is not None and any(has_surrogate(value) for value in values):
-        raise source.error("is not UTF-8", "save the file as UTF-8")
     return values
 
 

@@ -20,18 +20,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 from smedjan.data.convert import COLUMNS, HOW, Origin, convert, origin_of
-from smedjan.data.files import SPLITS, SUFFIXES, Source, data_files, has_surrogate, read_records, split_files
+from smedjan.data.files import (
+    SPLITS,
+    SUFFIXES,
+    Broken,
+    OnBroken,
+    Source,
+    data_files,
+    has_surrogate,
+    read_records,
+    split_files,
+)
 from smedjan.errors import DataError
 
 __all__ = [
     "KNOWN_COLUMNS",
     "SPLITS",
     "SUFFIXES",
+    "Broken",
     "Kind",
     "Message",
+    "OnBroken",
     "Row",
     "Source",
     "conversion",
+    "left_out",
     "read_rows",
     "row_of",
     "split_files",
@@ -95,29 +108,45 @@ def read_rows(path: str | PathLike[str], split: str = "train", *, chat: bool = T
     return list(stream_rows(path, split, chat=chat))
 
 
-def stream_rows(path: str | PathLike[str], split: str = "train", *, chat: bool = True) -> Iterator[Row]:
+def stream_rows(
+    path: str | PathLike[str], split: str = "train", *, chat: bool = True, broken: Broken | None = None
+) -> Iterator[Row]:
     """Row by row; a file is itself one split, whichever is asked. `chat`: whether the model has a chat template.
 
-    Raises DataError naming file and line at the first row that does not parse, lacks or empties a field, or is of
-    another type than the row before; and for a file without rows.
+    Raises DataError naming file and line at the first row that is of another type than the row before, and for a file
+    without rows; so does `broken`, unless it leaves them out, at one that does not parse, or lacks or empties a field.
     """
+    broken = broken or Broken()
     first = None
     for file in data_files(path, split):
         empty = True
-        for source, record in read_records(file, KNOWN_COLUMNS):
-            row = row_of(record, source, chat=chat)
+        for source, record in read_records(file, KNOWN_COLUMNS, broken):
+            try:
+                row = row_of(record, source, chat=chat)
+            except DataError as error:
+                broken(error)
+                continue
             first = first or row
             if row.shape != first.shape:
                 raise source.error(f"a row of type {row.shape}, but {first.source} is {first.shape}", _ONE_TYPE)
             empty = False
             yield row
         if empty:
+            broken.none_left(file)
             raise DataError("holds no row", file=file, remedy="give a file with at least one row")
 
 
 def conversion(converted: Mapping[str, str] | None) -> str | None:
     """`Row.converted` as a line for the person who gave the rows."""
     return None if converted is None else HOW[converted["from"], converted["to"]]  # type: ignore[index]
+
+
+def left_out(count: int, first: DataError | None) -> str | None:
+    """What `Broken` left out, as a line for the person who gave the rows; None: nothing."""
+    if first is None:
+        return None
+    rows = "1 broken row is left out" if count == 1 else f"{count:,} broken rows are left out; the first"
+    return f"{first.file}: {rows}: {first.field}: {first.message}"
 
 
 def row_of(record: object, source: Source, *, chat: bool = True) -> Row:

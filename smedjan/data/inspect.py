@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from smedjan.data.formats import Row
+from smedjan.data.formats import Broken, Row
 from smedjan.data.mask import (
     Counts,
     Example,
@@ -94,15 +94,24 @@ def inspect_rows(
     max_length: int,
     loss_on: LossOn = "completion",
     too_long: TooLong = "error",
+    broken: Broken | None = None,
     samples: int = 3,
     now: datetime | None = None,
 ) -> Inspection:
-    """What `tokenize_rows` would keep of these rows. Raises DataError for what is refused, naming the row."""
+    """What `tokenize_rows` would keep of these rows. Raises DataError for what is refused, naming the row.
+
+    broken   what becomes of rows that cannot be masked: the one with which the rows are read
+    """
+    broken = broken or Broken()
     shown: list[Example] = []
     sizes: list[int] = []
     row, longest, trained, truncated, dropped, unstopped = None, 0, 0, 0, 0, 0
     for row in rows:
-        whole = tokenize_row(row, tokenizer, loss_on=loss_on, now=now)
+        try:
+            whole = tokenize_row(row, tokenizer, loss_on=loss_on, now=now)
+        except DataError as error:
+            broken(error)
+            continue
         check_served(row, tokenizer, now=now)
         longest = max(longest, len(whole))
         example = fit(whole, max_length=max_length, too_long=too_long)
@@ -116,9 +125,12 @@ def inspect_rows(
         if len(shown) < samples:
             shown.append(example)
     assert row is not None, "stream_rows never gives no rows"
+    if not sizes and not dropped:
+        broken.none_left(row.file)
     if not sizes:
+        others = f", but for {broken.count} broken ones," if broken.count else ""
         raise DataError(
-            f"no row is left: all {dropped} are longer than {max_length} tokens",
+            f"no row is left: all {dropped}{others} are longer than {max_length} tokens",
             file=row.file,
             remedy="raise --max-length, or use shorter rows",
         )
@@ -130,7 +142,7 @@ def inspect_rows(
         )
     lengths = np.sort(np.array(sizes))
     return Inspection(
-        counts=Counts(kept=len(sizes), truncated=truncated, dropped=dropped, unstopped=unstopped),
+        counts=Counts(kept=len(sizes), truncated=truncated, dropped=dropped, broken=broken.count, unstopped=unstopped),
         converted=row.converted,
         tokens=int(lengths.sum()),
         trained_tokens=trained,

@@ -27,6 +27,7 @@ import numpy as np
 
 from smedjan.data.chat_template import Span, marks_generation, render
 from smedjan.data.example import Example
+from smedjan.data.files import Broken
 from smedjan.data.formats import Message, Row
 from smedjan.data.tokens import Tokens, TokenWriter
 from smedjan.data.training_template import training_template
@@ -63,22 +64,30 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Rows: read = kept + dropped, and `truncated` of the kept ones are cut. `unstopped` of the kept, uncut ones train
-    no stop token at their end: a model that learns from them alone never stops."""
+    """Rows: read = kept + dropped + broken, and `truncated` of the kept ones are cut. `unstopped` of the kept, uncut
+    ones train no stop token at their end: a model that learns from them alone never stops."""
 
     kept: int = 0
     truncated: int = 0
     dropped: int = 0
+    broken: int = 0
     unstopped: int = 0
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """What became of the rows, as `--json` has it."""
+        return {"kept": self.kept, "truncated": self.truncated, "dropped": self.dropped, "broken": self.broken}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenized:
-    """`converted`: what the rows were converted from and to, if they were."""
+    """`converted`: what the rows were converted from and to, if they were; `first_broken`: what is wrong with the first
+    that was left out."""
 
     examples: Tokens
     counts: Counts
     converted: dict[str, str] | None = None
+    first_broken: DataError | None = None
 
 
 def tokenize_rows(
@@ -90,19 +99,27 @@ def tokenize_rows(
     too_long: TooLong = "error",
     now: datetime | None = None,
     into: TokenWriter | None = None,
+    broken: Broken | None = None,
 ) -> Tokenized:
     """Every row as an Example of at most `max_length` tokens. They are written `into` files, or kept in memory.
 
     `too_long` says what happens to a longer row: "error", "truncate" (a prefix of it is kept; a row of which no trained
-    token would remain is dropped, never its answer kept alone) or "drop".
-    Raises DataError for a row that cannot be masked, and when no row is left.
+    token would remain is dropped, never its answer kept alone) or "drop". `broken`: what happens to one that cannot be
+    masked; the counts have all that it has left out, where the rows were read as well.
+    Raises DataError for a row that may not be left out, and when no row is left.
     """
     assert too_long in get_args(TooLong), too_long
+    broken = broken or Broken()
     writer = TokenWriter(lambda name: io.BytesIO()) if into is None else into
     kept = truncated = dropped = unstopped = 0
     row = None
     for row in rows:
-        example = fit(tokenize_row(row, tokenizer, loss_on=loss_on, now=now), max_length=max_length, too_long=too_long)
+        try:
+            whole = tokenize_row(row, tokenizer, loss_on=loss_on, now=now)
+        except DataError as error:
+            broken(error)
+            continue
+        example = fit(whole, max_length=max_length, too_long=too_long)
         if example is None:
             dropped += 1
             continue
@@ -111,14 +128,17 @@ def tokenize_rows(
         truncated += example.truncated
         unstopped += not example.truncated and not stops(example, tokenizer)
     assert row is not None, "read_rows never gives no rows"
+    if not kept and not dropped:
+        broken.none_left(row.file)
     if not kept:
+        others = f", but for {broken.count} broken ones," if broken.count else ""
         raise DataError(
-            f"no trained token: all {dropped} rows are longer than {max_length} tokens",
+            f"no trained token: all {dropped} rows{others} are longer than {max_length} tokens",
             file=row.file,
             remedy="raise --train.max-length, or use shorter rows",
         )
-    counts = Counts(kept=kept, truncated=truncated, dropped=dropped, unstopped=unstopped)
-    return Tokenized(examples=writer.tokens(), counts=counts, converted=row.converted)
+    counts = Counts(kept=kept, truncated=truncated, dropped=dropped, broken=broken.count, unstopped=unstopped)
+    return Tokenized(examples=writer.tokens(), counts=counts, converted=row.converted, first_broken=broken.first)
 
 
 def tokenize_row(

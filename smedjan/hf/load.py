@@ -14,6 +14,7 @@ from smedjan.checkpoint import stored
 from smedjan.checkpoint.dtype import convert
 from smedjan.checkpoint.raw import RawTensor, specs_of
 from smedjan.errors import CheckpointError, ConfigError
+from smedjan.hf.hub import is_hub_id
 from smedjan.hf.import_model import match_tensors, read_source
 from smedjan.hf.peft import CONFIG as ADAPTER_CONFIG
 from smedjan.hf.peft import read_adapter, tensors_of
@@ -97,6 +98,14 @@ def resolve(path: str | Path, adapter: str | Path | None) -> tuple[str | Path, P
             file=where / ADAPTER_CONFIG,
             field="base_model_name_or_path",
             remedy="give the base model and --adapter",
+        )
+    if not Path(base).exists() and not is_hub_id(base):
+        # A path relative to where it was trained, as PEFT has it
+        raise ConfigError(
+            f"names the base {base!r}, which is not in the working directory",
+            file=where / ADAPTER_CONFIG,
+            field="base_model_name_or_path",
+            remedy=f"give the path of the base model and --adapter {where}",
         )
     return base, where
 

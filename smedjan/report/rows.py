@@ -44,7 +44,7 @@ def figures(found: Inspection) -> list[tuple[str, str]]:
     """(name, value) of everything that is counted, as a person reads it."""
     counts, lengths = found.counts, found.lengths
     made = [
-        ("rows", f"{counts.kept:,} kept, {counts.truncated:,} truncated, {counts.dropped:,} dropped"),
+        ("rows", ", ".join(f"{count:,} {name}" for name, count in counts.rows.items())),
         ("tokens", f"{found.tokens:,}, trained {found.trained_tokens:,} ({found.trained_share:.1%})"),
         ("length", f"{lengths.min:,} to {lengths.max:,}, median {lengths.median:,}, 95 % up to {lengths.p95:,}"),
         ("longest", f"{found.longest:,} before any was cut or dropped"),

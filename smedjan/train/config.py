@@ -18,6 +18,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from smedjan.data.files import OnBroken
 from smedjan.errors import ConfigError, nearest
 from smedjan.train.flags import Flag, Section, flags_of, listed, read
 from smedjan.train.optimizers import RATES, defaults
@@ -53,6 +54,9 @@ class TrainConfig(Section):
     )
     too_long: Literal["error", "truncate", "drop"] = field(
         default="error", metadata={"help": "what to do with a row longer than max-length"}
+    )
+    broken: OnBroken = field(
+        default="error", metadata={"help": "what to do with a row that cannot be read: end there, or leave it out"}
     )
     save_every: int = field(default=100, metadata={"ge": 0, "help": "steps between checkpoints; 0: only at the end"})
     keep: int = field(default=2, metadata={"ge": 1, "help": "the newest checkpoints that stay"})

@@ -17,7 +17,7 @@ from smedjan.checkpoint.run_dir import Checkpoint, checkpoint_of, load_checkpoin
 from smedjan.checkpoint.sizes import parse_size
 from smedjan.data.cache import tokenize_file
 from smedjan.data.dataset import Steps, TokenDataset
-from smedjan.data.formats import conversion
+from smedjan.data.formats import conversion, left_out
 from smedjan.data.mask import Tokenized
 from smedjan.errors import CheckpointError, ConfigError
 from smedjan.hf import new_tokens, pissa
@@ -58,8 +58,8 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run left behind. `rows` counts kept, truncated and dropped ones; `unstopped` of the kept, uncut ones train
-    no stop token; `trained_share` is of all tokens; `converted`: what the rows were converted from and to;
+    """What a run left behind. `rows` counts kept, truncated, dropped and broken ones; `unstopped` of the kept, uncut
+    ones train no stop token; `trained_share` is of all tokens; `converted`: what the rows were converted from and to;
     `skipped` steps had a gradient norm that is not finite. `best_step` had the lowest loss of all evaluations,
     `best_eval_loss`; with patience the weights are of that step."""
 
@@ -201,11 +201,14 @@ class Finetune:
             max_length=self.max_length,
             loss_on=train.loss_on,
             too_long=train.too_long,
+            broken=train.broken,
             now=datetime.fromisoformat(self.started),
             say=self.say,
         )
         if said := conversion(made.converted):
             self.say(f"{path}: {said}")
+        if said := left_out(made.counts.broken, made.first_broken):
+            self.say(said)
         return made
 
     def trainer(self, group: Collective | None = None) -> Trainer:
@@ -410,12 +413,11 @@ def _finetune(
         weights = _save_result(parts, trained, out, group)
     examples = parts.tokenized
     plan_hash = next(iter(trainer.session.programs.values())).plan_hash if trainer.session.programs else ""
-    counts = examples.counts
     run = Run(
         run_dir=out,
         weights_sha256=sha256_of(weights),
-        rows={"kept": counts.kept, "truncated": counts.truncated, "dropped": counts.dropped},
-        unstopped=counts.unstopped,
+        rows=examples.counts.rows,
+        unstopped=examples.counts.unstopped,
         trained_share=parts.dataset.trained_tokens / parts.dataset.tokens,
         converted=examples.converted,
         steps=done,

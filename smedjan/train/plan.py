@@ -9,6 +9,7 @@ from smedjan.backends.base import Backend
 from smedjan.checkpoint.raw import specs_of
 from smedjan.graph.op import Cost
 from smedjan.graph.program import Program
+from smedjan.hf.hub import Say
 from smedjan.models.decoder import Form
 from smedjan.models.decoder_config import DecoderConfig
 from smedjan.optim.adamw import AdamW
@@ -99,16 +100,15 @@ def decoding_of(
     return session.logits_program(form)
 
 
-def plan(config: FinetuneConfig) -> Plan:
+def plan(config: FinetuneConfig, *, say: Say = lambda line: None) -> Plan:
     """The plan of the run's largest micro-batch; reads the model and the rows, and computes nothing but what layers in
-    8-bit floats lose."""
-    parts = Finetune(replace(config, lora=replace(config.lora, init="random")))  # a start of the same shapes
+    8-bit floats lose. `say` is told what the person who waits should know of the data."""
+    parts = Finetune(replace(config, lora=replace(config.lora, init="random")), say=say)  # a start of the same shapes
     trainer = parts.trainer()
     form = largest_form(parts, trainer.session.dtype)
     program = trainer.session.micro_program(form, trainer.names)
     cost: Cost = program.cost
     tokens = program.graph.inputs["input_ids"].numel
-    counts = parts.tokenized.counts
     return Plan(
         parameters=sum(spec.numel for spec in specs_of(parts.files.tensors).values()),
         trained_parameters=sum(program.graph.inputs[name].numel for name in trainer.names),
@@ -116,7 +116,7 @@ def plan(config: FinetuneConfig) -> Plan:
         flops_per_token=cost.flops // tokens,
         planned_bytes=planned_bytes(trainer, program),
         steps=parts.steps.total,
-        rows={"kept": counts.kept, "truncated": counts.truncated, "dropped": counts.dropped},
+        rows=parts.tokenized.counts.rows,
         ops=[*program.lowerings(), *trainer.update.lowerings()],
         backend=parts.backend.name,
         exact=parts.backend.exact,

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smedjan.data.formats import SUFFIXES, read_rows
+from smedjan.data.formats import SUFFIXES, Broken, read_rows, stream_rows
 from smedjan.data.mask import Example
 from smedjan.errors import ConfigError, DataError
 from smedjan.generate.loop import generate
+from smedjan.hf.dataset_hub import data_path
 from smedjan.hf.tokenizer import Tokenizer
 from smedjan.runtime.session import Session
 
@@ -92,7 +93,11 @@ def texts_of(given: str) -> list[str]:
 
 def _conversations(parts: Finetune) -> bool:
     """Whether the rows are rendered by the chat template. They were read as tokens: this looks at the first again."""
-    return parts.tokenizer.chat_template is not None and bool(read_rows(parts.config.data, "train")[0].messages)
+    if parts.tokenizer.chat_template is None:
+        return False
+    # The run has read them: whatever it leaves out is left out here too
+    path = data_path(parts.config.data, "train")
+    return bool(next(stream_rows(path, broken=Broken(parts.config.train.broken))).messages)
 
 
 def _encoded(text: str, tokenizer: Tokenizer, chat: bool) -> list[int]:

@@ -36,6 +36,7 @@ FLAGS = {
             "--train.packing",
             "--train.loss-on",
             "--train.too-long",
+            "--train.broken",
             "--train.save-every",
             "--train.keep",
         ),
@@ -89,7 +90,9 @@ FLAGS = {
     "generate": {"--adapter", "--dtype", "--quantize"} | KNOBS,
     "chat": {"--adapter", "--system", "--dtype", "--quantize"} | KNOBS,
     "eval": {"--data", "--task", "--adapter", "--against", "--limit", "--predictions", "--batch-size"} | KNOBS,
-    "data inspect": {"--model", "--split", "--rows", "--max-length", "--loss-on", "--too-long", "--html"},
+    "data inspect": {
+        *("--model", "--split", "--rows", "--max-length", "--loss-on", "--too-long", "--broken", "--html"),
+    },
     "run save": {"--timeout"},
     "info": set(),
     "graph": {

@@ -60,7 +60,7 @@ def run(plain: Any, data: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def content(made: Tokenized) -> tuple:
     rows = [(e.input_ids.tolist(), e.labels_mask.tolist(), e.source.field, e.truncated) for e in made.examples]
-    return rows, made.counts, made.converted
+    return rows, made.counts, made.converted, str(made.first_broken)
 
 
 def test_a_second_run_tokenizes_nothing_and_is_given_the_same(kept: Path, run: Any, data: Path, plain: Any) -> None:
@@ -73,11 +73,25 @@ def test_a_second_run_tokenizes_nothing_and_is_given_the_same(kept: Path, run: A
     assert run.tokenized == 1, "the path decides nothing"
 
 
+def test_what_was_left_out_is_kept_too(kept: Path, run: Any, data: Path) -> None:
+    with data.open("a") as rows:
+        rows.write('{"text": 7}\n{"text": "whole"}\n')
+    with pytest.raises(DataError, match=r"line 21: `text` is a number.*--train.broken drop leaves broken rows out"):
+        run()
+    first, second = run(broken="drop"), run(broken="drop")
+    assert run.tokenized == 2, "the second was read"
+    assert (first.counts.kept, first.counts.broken) == (21, 1)
+    assert content(first) == content(second)
+    moved = data.rename(data.with_name("moved.jsonl"))
+    assert str(run(moved, broken="drop").first_broken).startswith(f"{moved}: line 21: `text` is a number")
+
+
 def test_what_decides_tokens_decides_the_key(kept: Path, run: Any, data: Path, plain: Any, with_bos: Any) -> None:
     run()
     runs: list[Any] = [
         lambda: run(max_length=63),
         lambda: run(too_long="drop"),
+        lambda: run(broken="drop"),
         lambda: run(loss_on="all"),
         lambda: run(tokenizer=with_bos),
         lambda: run(tokenizer=replace(plain, eos_token="<|endoftext|>")),

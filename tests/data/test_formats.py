@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import ipc, parquet
 
-from smedjan.data.formats import Row, Source, read_rows, row_of, split_files
+from smedjan.data.formats import Broken, Row, Source, left_out, read_rows, row_of, split_files, stream_rows
 from smedjan.errors import DataError
 
 PAIRS = [
@@ -194,11 +194,76 @@ def test_bad_json_arrays(tmp_path: Path) -> None:
 
 def test_bad_csv(tmp_path: Path) -> None:
     refused(lines(tmp_path / "a.csv", "text,text", "a,b"), "line 1", "a column is named twice")
+    excel = refused(lines(tmp_path / "g.csv", "prompt;completion", "a;b"), "line 1", "one column, 'prompt;completion'")
+    assert excel.remedy == "separate columns by commas, not by ';'"
     refused(lines(tmp_path / "b.csv", "prompt,completion", "a,b", "a,b,c"), "line 3", "3 fields for 2 columns")
     refused(lines(tmp_path / "c.csv", "text", "a", '"b" c'), "line 3", "is not CSV")
     refused(lines(tmp_path / "d.csv", "text", "a", '"b'), "line 3", "is not CSV")
     refused(lines(tmp_path / "e.csv", "text", '""'), "line 2", "`text` is empty")
     refused(lines(tmp_path / "f.csv", b"text\n\xff"), "line 2", "is not UTF-8")
+
+
+def test_a_row_of_another_width_says_which_field(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    over = refused(
+        lines(path, "prompt,completion", "a,b", "Hello, you,there and everywhere else"), "line 3", "3 fields"
+    )
+    assert "3 fields for 2 columns (prompt, completion): none for 'there and everywhere els…'" in str(over)
+    under = refused(lines(path, "prompt,completion", "a"), "line 2", "1 field for 2 columns")
+    assert under.message.endswith("`completion` is not there")
+
+
+BROKEN: dict[str, list[str | bytes]] = {
+    ".jsonl": ['{"text": "a"}', '{"text": "b"', '{"text": 1}', b'{"text": "\xff"}', "", "[]", '{"text": "c"}'],
+    ".json": ["[", '{"text": "a"}, {"text": ""}, 7, {"other": "b"}, {"text": null},', '{"text": "c"}', "]"],
+    ".csv": ["id,text", "1,a", "2", "3,b,b", b"4,\xff", '5,""', "6,c"],
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_broken_rows_are_left_out_and_counted(tmp_path: Path, suffix: str) -> None:
+    """The rows between them are those of a file without them, each with its own line; the first is told."""
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        write(path, [{"text": "a"}, {"text": None}, {"text": ""}, {"text": None}, {"text": None}, {"text": "c"}])
+    else:
+        lines(path, *BROKEN[suffix])
+    broken = Broken("drop")
+    rows = list(stream_rows(path, broken=broken))
+    assert [row.text for row in rows] == ["a", "c"]
+    assert broken.count == 4
+    with pytest.raises(DataError) as first:
+        read_rows(path)
+    assert str(broken.first) == str(first.value)
+    last = {".jsonl": "line 7", ".json": "row 6", ".csv": "line 7", ".parquet": "row 6"}[suffix]
+    assert [row.source.field for row in rows][1:] == [last]
+    said = left_out(broken.count, broken.first)
+    assert said == f"{path}: 4 broken rows are left out; the first: {first.value.field}: {first.value.message}"
+
+
+def test_what_no_row_alone_is_to_blame_for_stays_an_error(tmp_path: Path) -> None:
+    """Where it is open how much would be left out, or everything would."""
+
+    def dropping(path: Path, message: str) -> None:
+        with pytest.raises(DataError, match=message) as caught:
+            list(stream_rows(path, broken=Broken("drop")))
+        assert "\n" not in str(caught.value)
+
+    dropping(lines(tmp_path / "a.csv", "text", "a", '"b', "c", "d"), "is not CSV")
+    dropping(lines(tmp_path / "b.json", '[{"text": "a"},', '{"text": }]'), "is not JSON")
+    dropping(lines(tmp_path / "c.jsonl", '{"text": "a"}', '{"prompt": "a", "completion": "b"}'), "a row of type")
+    dropping(lines(tmp_path / "d.jsonl", '{"text": ""}', "{"), "no row is left, 2 are broken; line 1: `text` is empty")
+    dropping(lines(tmp_path / "e.csv", b"t\xff,b", "1,2"), "line 1: is not UTF-8")
+    dropping(lines(tmp_path / "f.csv", "text,text", "1,2"), "a column is named twice")
+
+
+def test_the_error_names_the_flag_that_goes_on(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.csv", "text", '""')
+    with pytest.raises(DataError) as caught:
+        list(stream_rows(path, broken=Broken(flag="--train.broken")))
+    assert str(caught.value) == (
+        f"{path}: line 2: `text` is empty; fill `text`, or remove the row; --train.broken drop leaves broken rows out"
+    )
 
 
 def test_bad_arrow_files(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from smedjan.data.formats import Source, row_of
+from smedjan.data.formats import Broken, Source, row_of
 from smedjan.data.inspect import inspect_rows, pieces
 from smedjan.data.mask import tokenize_row, tokenize_rows
 from smedjan.errors import DataError
@@ -72,6 +72,17 @@ def test_counts_are_the_run_s(plain, too_long):
     assert found.longest == len(tokenize_row(rows[-1], plain)) > limit
     assert len(found.samples) == 2
     assert found.counts.truncated + found.counts.dropped == 1
+
+
+def test_broken_rows_are_counted_as_the_run_s(plain):
+    only_asks = [{"role": "user", "content": "what is two plus two"}]
+    rows = rows_of({"messages": CHAT[:2]}, {"messages": only_asks}, {"messages": CHAT[2:]})
+    run = tokenize_rows(rows, plain, max_length=512, broken=Broken("drop"))
+    found = inspect_rows(rows, plain, max_length=512, broken=Broken("drop"))
+    assert found.counts == run.counts
+    assert found.counts.rows == {"kept": 2, "truncated": 0, "dropped": 0, "broken": 1}
+    with pytest.raises(DataError, match="no row is left, 1 are broken; line 1: has no token to train on"):
+        inspect_rows(rows_of({"messages": only_asks}), plain, max_length=512, broken=Broken("drop"))
 
 
 def refused(rows, tokenizer, **options) -> str:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from smedjan.data.files import Broken
 from smedjan.data.formats import Row, Source, row_of
 from smedjan.data.mask import Example, fit, stops, tokenize_row, tokenize_rows
 from smedjan.errors import DataError, SmedjanError, TokenizerError
@@ -260,6 +261,25 @@ def test_a_cut_row_keeps_a_prefix_or_goes(mask: list[bool], max_length: int) -> 
         assert cut.labels_mask.tolist() == mask[:max_length]
         assert cut.truncated == (len(mask) > max_length)
     assert (fit(example, max_length=max_length, too_long="drop") is None) == (len(mask) > max_length)
+
+
+def test_rows_that_cannot_be_masked_are_left_out_when_asked(plain: Any, with_template: Make) -> None:
+    """A conversation without an answer, one that the template refuses, and a second BOS; never one that is too long."""
+    alternates = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles') }}"
+        "{% endif %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    twice = [{"role": "user", "content": "q"}, *chat("q", "a")]
+    rows = [row(1, messages=chat("q", "a")), row(2, messages=chat("q")), row(3, messages=twice)]
+    broken = Broken("drop")
+    made = tokenize_rows(rows, with_template(alternates), max_length=64, broken=broken)
+    assert (made.counts.kept, made.counts.broken, made.first_broken) == (1, 2, broken.first)
+    assert "line 2: has no token to train on" in str(made.first_broken)
+    with pytest.raises(DataError, match=r"no row is left, 2 are broken; line 2: has no token"):
+        tokenize_rows(rows[1:], with_template(alternates), max_length=64, broken=Broken("drop"))
+    with pytest.raises(DataError, match="is the most"):
+        tokenize_rows([row(1, text="the answer " * 9)], plain, max_length=8, broken=Broken("drop"))
 
 
 def test_rows_that_never_stop_are_counted(with_template: Make, templates: dict[str, str]) -> None:

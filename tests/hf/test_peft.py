@@ -99,6 +99,26 @@ def test_our_adapter_in_peft(trained):
     assert (theirs - plain).abs().max() > 1e-3
 
 
+def test_an_adapter_away_from_its_base(model_directory, tmp_path, monkeypatch):
+    """The base's path is relative to where it was trained: elsewhere the error is the adapter's, and says the way."""
+    base, adapter = model_directory("base"), tmp_path / "adapter"
+    get_peft_model(their_model(base), LoraConfig(r=4, target_modules=TARGETS)).save_pretrained(adapter)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "base"}))
+    monkeypatch.chdir(tmp_path)
+    here = smedjan.load(adapter, backend="torch_reference").logits(IDS)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(SmedjanError) as raised:
+        smedjan.load("../adapter", backend="torch_reference")
+    assert str(raised.value) == (
+        "../adapter/adapter_config.json: base_model_name_or_path: names the base 'base', which is not in the working "
+        "directory; give the path of the base model and --adapter ../adapter"
+    )
+    given = smedjan.load("../base", adapter="../adapter", backend="torch_reference")
+    np.testing.assert_array_equal(given.logits(IDS), here)
+
+
 def test_pefts_adapter_here(from_peft):
     base, adapter = from_peft
     theirs = their_logits(PeftModel.from_pretrained(their_model(base), adapter))

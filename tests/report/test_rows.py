@@ -18,7 +18,7 @@ SAMPLE = Sample(
     ),
 )
 FOUND = Inspection(
-    counts=Counts(kept=3, truncated=1, dropped=2, unstopped=1),
+    counts=Counts(kept=3, truncated=1, dropped=2, broken=3, unstopped=1),
     tokens=40,
     trained_tokens=10,
     longest=99,
@@ -39,7 +39,12 @@ def test_the_page_shows_tokens_and_counts():
     assert "script" not in page.tags
     assert "ask <script>" in page.pieces
     assert "four\u23ce\n" in page.pieces
-    for said in ("3 kept, 1 truncated, 2 dropped", "trained 10 (25.0%)", "8 to 20, median 12", "line 7, truncated"):
+    for said in (
+        "3 kept, 1 truncated, 2 dropped, 3 broken",
+        "trained 10 (25.0%)",
+        "8 to 20, median 12",
+        "line 7, truncated",
+    ):
         assert said in page.text
     assert "1 rows train no stop token" in page.text
 

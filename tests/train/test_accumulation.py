@@ -9,14 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import smedjan
 from smedjan.checkpoint.dtype import to_float32
+from smedjan.checkpoint.raw import RawTensor
 from smedjan.data.collate import collate
 from smedjan.data.formats import Source
 from smedjan.data.mask import Example
 from smedjan.data.pack import pack
 from smedjan.hf.load import open_model, open_session
+from smedjan.passes.lora import Lora
 from smedjan.runtime.select import backend as select_backend
 from tests.tolerances import assert_near
 
@@ -61,8 +64,8 @@ def host(session, array):
     return torch.from_numpy(to_float32(raw).reshape(raw.shape).copy())
 
 
-def gradients(session, micro):
-    totals, items, names = None, sum(batch.trained_tokens for batch in micro), list(session.parameters)
+def gradients(session, micro, names=None):
+    totals, items, names = None, sum(batch.trained_tokens for batch in micro), names or list(session.parameters)
     for batch in micro:
         _, totals = session.micro(batch, names, num_items=items, totals=totals)
     return {name: host(session, array) for name, array in totals.items()}
@@ -92,6 +95,48 @@ def test_gradients_of_every_split(tiny, peer_trainer, backend, split):
     truth, theirs = reference.gradients(), plain.gradients()
     ours = gradients(open_on(backend, tiny), SPLITS[split])
     assert set(ours) == set(truth)
+    for name, gradient in ours.items():
+        assert_near(name, gradient, truth[name], theirs[name])
+
+
+LORA = {"rank": 4, "alpha": 8}
+
+
+def adapted(name, directory):
+    """A session of the model with adapters beside all linear layers, A and B of std 0.1, and those by name."""
+    session = open_on(name, directory)
+    session.lora = Lora(**LORA, dropout=0.0, targets=session.config.linear_layers())
+    shapes = session.lora.shapes(session.config.parameter_shapes())
+    chance = np.random.default_rng(0)
+    made = {key: (chance.standard_normal(shape) * 0.1).astype(np.float32) for key, shape in shapes.items()}
+    for key, value in made.items():
+        raw = RawTensor(dtype="float32", shape=value.shape, data=memoryview(value.reshape(-1).view(np.uint8)))
+        session.parameters[key] = session.backend.from_raw(raw)
+    return session, made
+
+
+def adapters_of(peer_trainer, directory, dtype, values):
+    """Gradients of the same adapters in peft, of the step as one padded batch."""
+    peer = peer_trainer(directory, dtype, lr=1.0, clip=0.0)
+    targets = sorted({key.split(".lora_")[0].rpartition(".")[2] for key in values})
+    settings = LoraConfig(r=LORA["rank"], lora_alpha=LORA["alpha"], target_modules=targets)
+    peer.model = get_peft_model(peer.model, settings).to(dtype)
+    trained = {name.replace(".default", ""): p for name, p in peer.model.named_parameters() if p.requires_grad}
+    assert set(trained) == set(values)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(torch.from_numpy(values[name]))
+    peer.optimizer = torch.optim.SGD(trained.values(), lr=1.0)
+    peer.backward(SPLITS["4 x 1, padded"])
+    return {name: parameter.grad for name, parameter in trained.items()}
+
+
+@pytest.mark.parametrize(("backend", "split"), CASES)
+def test_adapters_gradients_of_every_split(tiny, peer_trainer, backend, split):
+    """LoRA, whose products are stacked on the fast backends: as above, against peft."""
+    session, values = adapted(backend, tiny)
+    truth, theirs = (adapters_of(peer_trainer, tiny, dtype, values) for dtype in (torch.float64, torch.float32))
+    ours = gradients(session, SPLITS[split], list(values))
     for name, gradient in ours.items():
         assert_near(name, gradient, truth[name], theirs[name])
 
@@ -130,9 +175,20 @@ def test_a_mean_of_means_is_not_within_the_bound(tiny):
     assert (wrong - right).abs().max() > 0.01 * right.abs().max()
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_runs_that_accumulate_alike(configure, read_log, packing):
-    """4 x 1 and 1 x 4 of a whole run: the same tokens in every step, and the same losses but for rounding."""
+@pytest.mark.parametrize(
+    ("backend", "method", "packing"),
+    [
+        ("torch_reference", "full", False),
+        ("torch_reference", "full", True),
+        ("cpu_native", "full", False),
+        ("cpu_native", "lora", False),
+        ("cpu_native", "lora", True),
+        ("mlx_metal", "lora", False),
+    ],
+)
+def test_runs_that_accumulate_alike(configure, read_log, backend, method, packing):
+    """4 x 1 and 1 x 4 of a whole run: the same tokens in every step, and the same losses but for rounding. A
+    micro-batch of one row has a padding of its own."""
     logs = []
     for batch_size, accum in ((4, 1), (1, 4)):
         config = configure(
@@ -142,6 +198,8 @@ def test_runs_that_accumulate_alike(configure, read_log, packing):
             train__packing=packing,
             train__epochs=1,
             optim__lr=1e-3,
+            method=method,
+            backend=backend,
         )
         logs.append(read_log(smedjan.finetune(config).run_dir).steps)
     for one, other in zip(*logs, strict=True):

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 import smedjan
+from smedjan.cli import app
 from smedjan.data import cache
-from smedjan.errors import CheckpointError
+from smedjan.errors import CheckpointError, DataError
 from smedjan.train.config import FinetuneConfig
 from smedjan.train.finetune import finetune
+from smedjan.train.header import lines
 
 Configure = Callable[..., FinetuneConfig]
 Write = Callable[..., Path]
@@ -41,6 +43,45 @@ def test_converted_rows_train_as_the_rows_that_they_become(configure: Configure,
     plain = finetune(configure("chats", data=str(chats), train__steps=2), say=said.append)
     assert (plain.converted, len(said)) == (None, 1)
     assert made.weights_sha256 == plain.weights_sha256
+
+
+def test_broken_rows_are_left_out_when_asked(configure: Configure, tmp_path: Path, capsys) -> None:
+    """By default the first ends the run, with nothing written; left out, the run is that of the file without them, and
+    the line before it, its header, its result and its plan say so."""
+    good = [f"hello {n},world {n % 3}" for n in range(12)]
+    broken, without = tmp_path / "broken.csv", tmp_path / "without.csv"
+    broken.write_text("\n".join(["prompt,completion", *good[:5], "hello, you,world", *good[5:], "alone"]) + "\n")
+    without.write_text("\n".join(["prompt,completion", *good]) + "\n")
+    config = configure("broken", data=str(broken), train__steps=3, train__sample_every=3, train__sample_prompts="hello")
+    with pytest.raises(DataError) as caught:
+        finetune(config)
+    assert str(caught.value) == (
+        f"{broken}: line 7: 3 fields for 2 columns (prompt, completion): none for 'world'; "
+        "quote fields that hold commas; --train.broken drop leaves broken rows out"
+    )
+    assert not config.out.exists()
+    said: list[str] = []
+    seen: list[dict] = []
+    config = replace(config, train=replace(config.train, broken="drop"))
+    made = finetune(config, on_step=seen.append, say=said.append)
+    told = (
+        "2 broken rows are left out; the first: line 7: 3 fields for 2 columns (prompt, completion): none for 'world'"
+    )
+    assert said == [f"{broken}: {told}"]
+    assert made.rows == {"kept": 12, "truncated": 0, "dropped": 0, "broken": 2}
+    assert dict(lines(seen[0]["header"]))["rows"].startswith("12 kept, 2 broken; ")
+    plain = finetune(configure("without", data=str(without), train__steps=3))
+    assert made.weights_sha256 == plain.weights_sha256
+    assert plain.rows["broken"] == 0
+    words = ["finetune", "--dry-run", "--model", config.model, "--data", str(broken), "--train.steps", "3"]
+    assert app.run([*words, "--train.broken", "drop", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["rows"] == made.rows
+    assert printed.err == f"{broken}: {told}\n"
+    for unplanned in (words, [*words[:1], *words[2:], "--out", str(tmp_path / "never")]):
+        assert app.run(unplanned) == 2
+        assert capsys.readouterr().err == f"smedjan: {caught.value}\n", "one line, and no empty one above"
+    assert not (tmp_path / "never").exists()
 
 
 def test_a_run_from_the_cache_is_the_same_run(

@@ -14,6 +14,7 @@ from smedjan.checkpoint.dtype import convert
 from smedjan.checkpoint.run_dir import checkpoint_of, load_checkpoint, sha256_of
 from smedjan.errors import CheckpointError, ConfigError
 from smedjan.hf.load import open_model
+from smedjan.runtime.session import Session
 from smedjan.train import finetune as module
 from smedjan.train.config import TrainConfig
 from smedjan.train.evaluation import batches, evaluate_loss, program_of
@@ -128,7 +129,7 @@ def test_the_result_and_the_evaluation_are_of_the_mean(configure, pairs, dtype):
 
 
 @pytest.mark.parametrize("backend", ["torch_reference", "cpu_native"])
-def test_an_evaluation_needs_no_more_memory_than_training(configure, write_rows, backend):
+def test_an_evaluation_needs_no_more_memory_than_training(configure, write_rows, monkeypatch, backend):
     """Rows to evaluate on are four times as long as any that is trained: planned as they come they need more, and in
     the batches that a run makes of them they do not. Their loss is the same but for the order of its sum."""
     long = write_rows([{"prompt": "hello " * 8 + f"{i} ", "completion": "world " * 16} for i in range(8)], "long.jsonl")
@@ -148,4 +149,14 @@ def test_an_evaluation_needs_no_more_memory_than_training(configure, write_rows,
     assert sum(len(batch.input_ids) for batch in split) == 8
     once = evaluate_loss(session, parts.eval_dataset, **given)
     assert evaluate_loss(session, parts.eval_dataset, **given, most_bytes=most) == pytest.approx(once, rel=1e-6)
+    ran, micro = [], Session.micro
+
+    def watched(session, batch, wrt, **given):
+        if not wrt:
+            ran.append(program_of(session, batch).peak_bytes)
+        return micro(session, batch, wrt, **given)
+
+    monkeypatch.setattr(Session, "micro", watched)
     assert smedjan.finetune(config).eval_loss is not None
+    assert len(ran) == len(split)
+    assert max(ran) <= most, "a run evaluates so"

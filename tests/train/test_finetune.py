@@ -39,7 +39,7 @@ def test_every_kind_of_row_trains(configure, write_rows, read_log, kind, method)
     run = smedjan.finetune(config)
     losses = [event["loss"] for event in read_log(run.run_dir).steps]
     assert losses[-1] < 0.8 * losses[0], losses
-    assert run.rows == {"kept": 8, "truncated": 0, "dropped": 0}
+    assert run.rows == {"kept": 8, "truncated": 0, "dropped": 0, "broken": 0}
     assert 0.2 < run.trained_share < 1, "a first token is never trained"
 
 
@@ -89,7 +89,7 @@ def test_a_row_longer_than_the_context(configure, write_rows):
     assert "\n" not in str(raised.value)
     assert "2" in str(raised.value), "the row is named"
     run = smedjan.finetune(configure(data=str(write_rows(rows)), train__too_long="drop", train__steps=1))
-    assert run.rows == {"kept": 1, "truncated": 0, "dropped": 1}
+    assert run.rows == {"kept": 1, "truncated": 0, "dropped": 1, "broken": 0}
 
 
 def test_rows_that_train_no_stop_token_are_counted(configure, write_rows, tmp_path):
