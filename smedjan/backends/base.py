@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from smedjan.backends.collective import Collective
+from smedjan.backends.host_memory import available_bytes
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.errors import ConfigError, Elsewhere
 from smedjan.graph.lowering import RuleTable
@@ -16,6 +18,15 @@ from smedjan.graph.node import Graph
 from smedjan.graph.program import Program
 
 Array = Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forms:
+    """How many forms the micro-batches of a run have: `lengths` of padded rows, and `rows`, numbers of trained ones at
+    each length."""
+
+    lengths: int
+    rows: int
 
 
 class Backend(ABC):
@@ -62,6 +73,10 @@ class Backend(ABC):
         """Lowers a finished graph; a backend may fuse it once more and return a compiled subclass."""
         return Program(graph, self.rules)
 
+    def smallest(self, graph: Graph, pool: Any = None) -> Program:
+        """The program of `graph` that needs least memory where `program`'s would not fit: to be planned, not run."""
+        return self.program(graph, pool)
+
     def collective(self, *, rank: int, world: int) -> Collective:
         """The `world` processes of a data-parallel run, of which this is number `rank`."""
         if rank > 0:
@@ -83,6 +98,11 @@ class Backend(ABC):
             remedy="give --backend cuda_triton, or leave it out",
         )
 
+    @property
+    def timed(self) -> bool:
+        """Whether what a call takes here says what a run's will take."""
+        return True
+
     def peak_flops(self, dtype: str) -> float | None:
         """FLOP/s that this machine's matrix products of `dtype` reach, measured once in a process; None: unknown."""
         from smedjan.backends.peak import matmul_flops  # it draws with numpy, which a backend does without
@@ -95,8 +115,14 @@ class Backend(ABC):
     def _peaks(self) -> dict[str, float]:
         return {}
 
-    library_bytes: int = 0
-    """What the libraries that compute take of a process besides arrays: code that they make, buffers, threads."""
+    def library_bytes(self, program: Program, forms: Forms) -> int:
+        """What the libraries that compute take of a process besides arrays, in a run whose micro-batches, of which
+        `program` is one, have so many forms: code that they make, buffers, threads."""
+        return 0
+
+    def memory_available(self) -> int | None:
+        """Bytes that a run may take of the device from now on; None: unknown."""
+        return available_bytes()
 
     def peak_memory(self) -> int:
         """Peak resident or device bytes since `reset_peak_memory`, or of the process where that cannot be reset."""

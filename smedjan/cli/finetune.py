@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from smedjan.cli.graph import summary
+from smedjan.checkpoint.sizes import format_size
 from smedjan.cli.output import COMMON, Common, Outcome, as_json, table
+from smedjan.report.scale import duration
 from smedjan.train.config import FinetuneConfig, flags
 from smedjan.train.flags import Flag
+
+if TYPE_CHECKING:
+    from smedjan.train.plan import Plan
 
 Event = dict[str, Any]
 
@@ -50,12 +54,43 @@ def _plan(wanted: FinetuneConfig, common: Common) -> Outcome:
     from smedjan.train.plan import plan
 
     made = plan(wanted, say=common.note)
-    rows = [(str(row["op"]), str(row["count"]), str(row["lowering"])) for row in made.ops]
-    text = f"{table(('op', 'count', 'lowering'), rows)}\n{summary(vars(made))}\n"
-    text += f"{made.trained_parameters:,} parameters trained; {made.steps:,} steps on rows {_counted(made.rows)}"
+    lines = [f"{name:<10} {text}" for name, text in _lines(made)]
+    head: tuple[str, ...] = ("op", "count", "lowering")
+    rows: list[tuple[str, ...]] = [(row["op"], f"{row['count']}", row["lowering"]) for row in made.ops]
+    if made.step_seconds is not None:
+        head = (*head, "ms")
+        rows = [(*row, f"{1e3 * op['seconds']:.1f}") for row, op in zip(rows, made.ops, strict=True)]
     if made.fp8:
-        text += f"\n{fp8.line(fp8.summary(made.fp8), on='inputs of a unit normal')}"
-    return Outcome(fields=vars(made), text=text)
+        lines.append(fp8.line(fp8.summary(made.fp8), on="inputs of a unit normal"))
+    return Outcome(fields=vars(made), text="\n".join(lines) + f"\n\n{table(head, rows)}")
+
+
+def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
+    """(name, what a person reads) of a plan."""
+    batch, share = plan.batch, plan.trained_parameters / plan.parameters
+    yield "model", f"{plan.parameters:,} parameters; {plan.trained_parameters:,} trained ({share:.2%})"
+    yield "rows", ", ".join(f"{count:,} {what}" for what, count in plan.rows.items() if count)
+    accumulated = f" x {batch['grad_accum']}" if batch["grad_accum"] > 1 else ""
+    yield "steps", f"{plan.steps:,} of {batch['rows']}{accumulated} rows, of {batch['tokens']:,} tokens at most"
+    exact = "exact" if plan.exact else "fast"
+    yield (
+        "runs on",
+        f"{plan.backend} ({exact}), plan {plan.plan_hash}: {plan.nodes:,} nodes, "
+        f"{plan.flops_per_token / 1e6:,.1f} MFLOP a token",
+    )
+    memory = f"{format_size(plan.planned_bytes)} planned"
+    if plan.memory_available is not None:
+        memory += f", {format_size(plan.memory_available)} available"
+    yield "memory", memory + {True: ": fits", False: ": does not fit", None: ""}[plan.fits]
+    if plan.fits is False:
+        yield "would fit", plan.advice or "nothing that these flags can change"
+    if plan.longest_row is not None:
+        longest = f"rows of up to {plan.longest_row:,} tokens fit" if plan.longest_row else "no row fits"
+        yield "longest", longest
+    if plan.step_seconds is not None:
+        tokens = batch["rows"] * batch["tokens"] * batch["grad_accum"] / plan.step_seconds
+        whole = duration(plan.step_seconds * plan.steps)
+        yield "time", f"{plan.step_seconds:.3g} s a step ({tokens:,.0f} tokens/s), at most {whole} in all"
 
 
 def _counted(rows: Mapping[str, int]) -> str:

@@ -134,7 +134,7 @@ class Steps:
         assert step >= 0, step
         first = step * self.rows_per_step
         units = [self._unit(index) for index in range(first, first + self.rows_per_step)]
-        return sorted(units, key=self._length, reverse=True)
+        return sorted(units, key=self.length, reverse=True)
 
     def batches_for_step(self, step: int, processes: int = 1) -> list[Batch]:
         """The `grad_accum` micro-batches of the step, `batch_size` rows each. Of more processes than that each should
@@ -154,7 +154,8 @@ class Steps:
         """What the step's loss is divided by."""
         return sum(self.examples[index].trained_tokens for unit in self.units_of_step(step) for index in unit)
 
-    def _length(self, unit: Unit) -> int:
+    def length(self, unit: Unit) -> int:
+        """Tokens of a row."""
         return int(self.examples.lengths[list(unit)].sum())
 
     def _unit(self, index: int) -> Unit:

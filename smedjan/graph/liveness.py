@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from smedjan.graph.node import INPUT, Graph, Node
 from smedjan.graph.tensor import Tensor
@@ -25,15 +25,16 @@ def last_uses(nodes: Sequence[Node], graph: Graph) -> list[list[Tensor]]:
     return freed
 
 
-def peak_bytes(nodes: Sequence[Node], graph: Graph) -> int:
-    """The largest sum of bytes of values alive at once, inputs included. Views count as copies: an upper bound."""
+def peak_bytes(nodes: Sequence[Node], graph: Graph, temporaries: Mapping[Node, int] | None = None) -> int:
+    """The largest sum of bytes of values alive at once, inputs included, and what a node takes while it runs. Views
+    count as copies: an upper bound."""
     alive = sum(tensor.nbytes for tensor in graph.inputs.values())
     peak = alive
     for node, freed in zip(nodes, last_uses(nodes, graph), strict=True):
         if node.op is not INPUT:
             updated = {index for index, _ in node.op.donated(node)}
             alive += sum(tensor.nbytes for index, tensor in enumerate(node.outputs) if index not in updated)
-        peak = max(peak, alive)
+        peak = max(peak, alive + (temporaries or {}).get(node, 0))
         alive -= sum(tensor.nbytes for tensor in freed)
     return peak
 

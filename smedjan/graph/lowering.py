@@ -16,14 +16,23 @@ from smedjan.graph.node import Node
 
 Supports = Callable[[Any], bool]
 
+Bytes = Callable[[Any], int]
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`run(*arrays, **attrs) -> array or tuple of arrays`; `label` is what the printed plan says of it."""
+    """`run(*arrays, **attrs) -> array or tuple of arrays`; `label` is what the printed plan says of it.
+
+    temporaries  node -> bytes that a run allocates, and frees again, besides its results
+    """
 
     run: Callable[..., Any]
     label: str
     supports: Supports | None = None
+    temporaries: Bytes | None = None
+
+    def temporary_bytes(self, node: Node) -> int:
+        return 0 if self.temporaries is None else self.temporaries(node)
 
 
 class RuleTable:
@@ -34,11 +43,18 @@ class RuleTable:
         self.parent = parent
         self._rules: dict[str, list[Rule]] = {}
 
-    def rule(self, op_name: str, *, label: str | None = None, supports: Supports | None = None) -> Callable[..., Any]:
+    def rule(
+        self,
+        op_name: str,
+        *,
+        label: str | None = None,
+        supports: Supports | None = None,
+        temporaries: Bytes | None = None,
+    ) -> Callable[..., Any]:
         """Decorator: `@table.rule("rms_norm", label="triton rms_norm")`."""
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
-            self._rules.setdefault(op_name, []).insert(0, Rule(function, label or self.name, supports))
+            self._rules.setdefault(op_name, []).insert(0, Rule(function, label or self.name, supports, temporaries))
             return function
 
         return register

@@ -47,8 +47,10 @@ class Program:
         self._inputs = {name: slot[tensor] for name, tensor in graph.inputs.items()}
         self._outputs = {name: slot[tensor] for name, tensor in graph.outputs.items()}
         self.calls: list[Call] = []
+        self.temporaries: dict[Node, int] = {}
         for node, freed in zip(nodes, last_uses(nodes, graph), strict=True):
             rule = rules.lower(node)
+            self.temporaries[node] = rule.temporary_bytes(node)
             self.calls.append(
                 Call(
                     run=partial(rule.run, **node.attrs) if node.attrs else rule.run,
@@ -81,6 +83,14 @@ class Program:
                 slots[index] = None
         return {name: slots[index] for name, index in self._outputs.items()}
 
+    def again(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Another run over what the last one was given."""
+        return self(inputs)
+
+    def starts(self, call: Call) -> bool:
+        """Whether a call of `calls` computes something: a view does not."""
+        return True
+
     @cached_property
     def cost(self) -> Cost:
         """FLOPs and bytes of one run, summed over the nodes that run."""
@@ -88,7 +98,7 @@ class Program:
 
     @property
     def peak_bytes(self) -> int:
-        return peak_bytes([call.node for call in self.calls], self.graph)
+        return peak_bytes([call.node for call in self.calls], self.graph, self.temporaries)
 
     @property
     def arena_bytes(self) -> int:

@@ -15,7 +15,7 @@ that a backend decides with its own layout.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from smedjan.graph.node import INPUT, Graph, Node
@@ -75,6 +75,17 @@ def fit(graph: Graph, *, budget: int, peak: Peak) -> tuple[Graph, list[Decision]
         return made, step.told(cheap, blocks[:count])
     made, count = _least(len(blocks), lambda n: step.changed(cheap, blocks, blocks[:n]), budget, peak)
     return made or step.changed(cheap, blocks, blocks), step.told(cheap, blocks, blocks[:count])
+
+
+def tiers(graph: Graph) -> Iterator[Graph]:
+    """The graph as it is, and with each tier given up as a whole on top of those before it."""
+    yield graph
+    if any(_is_backward(node) for node in graph.nodes):
+        step = _Step(graph)
+        cheap, blocks = step.cheap(), step.blocks()
+        yield step.changed(cheap)
+        yield step.changed(cheap, blocks)
+        yield step.changed(cheap, blocks, blocks)
 
 
 def _least(most: int, changed: Callable[[int], Graph], budget: int, peak: Peak) -> tuple[Graph | None, int]:

@@ -110,6 +110,19 @@ def resolve(path: str | Path, adapter: str | Path | None) -> tuple[str | Path, P
     return base, where
 
 
+def computed_dtype(files: ModelFiles, dtype: str | None) -> str:
+    """The dtype asked for, or, where none is, that of the weights as stored."""
+    chosen = dtype or files.dtype
+    if chosen not in COMPUTED:
+        raise ConfigError(
+            f"{chosen} is not computed in",
+            file=files.path,
+            field="dtype",
+            remedy=f"give --dtype {' or '.join(COMPUTED)}",
+        )
+    return chosen
+
+
 def open_session(
     files: ModelFiles,
     backend: Backend,
@@ -125,14 +138,7 @@ def open_session(
     With `quantized`, the linear weights of the blocks become nf4 or int8, from their values in `dtype`, one at a time.
     With `int8`, they and the head become 8-bit codes for inference, from their values as stored.
     """
-    chosen = dtype or files.dtype
-    if chosen not in COMPUTED:
-        raise ConfigError(
-            f"{chosen} is not computed in",
-            file=files.path,
-            field="dtype",
-            remedy=f"give --dtype {' or '.join(COMPUTED)}",
-        )
+    chosen = computed_dtype(files, dtype)
     if adapter is not None:
         files = with_adapter(files, adapter)
     narrow = files.config.linear_weights() if quantized else ()

@@ -103,8 +103,8 @@ class Watched(Session):
         decoder.graph = _Tagged(decoder.graph).run()
         return super().forward(decoder, train=train)
 
-    def finish(self, graph: Graph) -> Program:
-        return cast(Program, _Shown(super().finish(graph), self))
+    def finish(self, graph: Graph, *, smallest: bool = False) -> Program:
+        return cast(Program, _Shown(super().finish(graph, smallest=smallest), self))
 
 
 def read_parameters(session: Session, batch: Batch) -> list[str]:

@@ -137,14 +137,15 @@ class Session:
         # Its gradient is what it saved in the forward: what no rule saves is taken apart before it is differentiated.
         return decompose(graph, lambda node: node.op not in GRADIENTS_IN_FORWARD or has(node))
 
-    def finish(self, graph: Graph) -> Program:
+    def finish(self, graph: Graph, *, smallest: bool = False) -> Program:
         """`cse` is safe on both kinds: equal pure nodes have equal bits."""
         if not self.backend.exact:
             graph = decompose(graph, self.backend.rules.has)
         name = self.backend.name
         if name not in self._pools:
             self._pools[name] = self.backend.pool(self.memory, self.reserved)
-        return self.backend.program(distinct_outputs(cse(prune(graph))), self._pools[name])
+        lower = self.backend.smallest if smallest else self.backend.program
+        return lower(distinct_outputs(cse(prune(graph))), self._pools[name])
 
     def reserve(self, program: Program) -> None:
         """Takes the memory that the largest program needs at once: what grows while it is in use is there twice."""
@@ -164,22 +165,26 @@ class Session:
         """loss and grad.NAME for each name; with `accumulate`, each is added to the input total of the same name."""
         key = ("micro", form, tuple(wrt), accumulate, self.lora)
         if key not in self.programs:
-            train = bool(wrt)
-            decoder = Decoder(
-                self.config,
-                form,
-                early=self.lora is None or self.lora.dropout == 0,
-                neftune=self.neftune if train else 0.0,
-            )
-            names = {self.config.tied().get(name, name) for name in wrt}
-            head = self.config.head
-            grads = ("x" if names - {head} or head == self.config.embedding else "") + ("w" if head in names else "")
-            terms = {"z_loss": self.z_loss, "smoothing": self.label_smoothing} if train else {}
-            decoder.graph.output("loss", decoder.loss(grads, **terms))
-            graph = self.forward(decoder, train=train)
-            self._differentiate(graph, wrt, accumulate)
-            self.programs[key] = self.finish(graph)
+            self.programs[key] = self.finish(self.micro_graph(form, wrt, accumulate=accumulate))
         return self.programs[key]
+
+    def micro_graph(self, form: Form, wrt: Sequence[str], *, accumulate: bool = False) -> Graph:
+        """What `micro_program` lowers."""
+        train = bool(wrt)
+        decoder = Decoder(
+            self.config,
+            form,
+            early=self.lora is None or self.lora.dropout == 0,
+            neftune=self.neftune if train else 0.0,
+        )
+        names = {self.config.tied().get(name, name) for name in wrt}
+        head = self.config.head
+        grads = ("x" if names - {head} or head == self.config.embedding else "") + ("w" if head in names else "")
+        terms = {"z_loss": self.z_loss, "smoothing": self.label_smoothing} if train else {}
+        decoder.graph.output("loss", decoder.loss(grads, **terms))
+        graph = self.forward(decoder, train=train)
+        self._differentiate(graph, wrt, accumulate)
+        return graph
 
     def _differentiate(self, graph: Graph, wrt: Sequence[str], accumulate: bool) -> None:
         unknown = [name for name in wrt if name not in graph.inputs]

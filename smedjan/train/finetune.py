@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
+from smedjan.backends.base import Forms
 from smedjan.backends.collective import Collective
 from smedjan.checkpoint.atomic import write_atomic
 from smedjan.checkpoint.lock import RunLock, request_file
@@ -24,24 +26,29 @@ from smedjan.hf import new_tokens, pissa
 from smedjan.hf.dataset_hub import data_path
 from smedjan.hf.export import save_model
 from smedjan.hf.hub import Say
-from smedjan.hf.load import ModelFiles, open_model, open_session
+from smedjan.hf.load import ModelFiles, computed_dtype, open_model, open_session
 from smedjan.hf.peft import WEIGHTS as ADAPTER_WEIGHTS
 from smedjan.hf.peft import initial_adapter, write_adapter
 from smedjan.hf.tokenizer import load_tokenizer
 from smedjan.hf.whole_modules import parameters_named
+from smedjan.optim.base import Optimizer
 from smedjan.optim.schedule import factor
 from smedjan.passes.lora import Lora
 from smedjan.runtime.select import backend as select_backend
+from smedjan.runtime.session import Session
 from smedjan.train import adapter, fp8
+from smedjan.train.adapted import adapters
 from smedjan.train.asked import asked
 from smedjan.train.chosen import check_method, chosen
 from smedjan.train.config import FinetuneConfig
 from smedjan.train.evaluation import PAD_TO, evaluate_loss
+from smedjan.train.fits import warning
 from smedjan.train.header import header
-from smedjan.train.largest import largest_program
+from smedjan.train.largest import forms_met, largest_program
 from smedjan.train.log import Event, RunLog
 from smedjan.train.meter import Meter
 from smedjan.train.optimizers import optimizer
+from smedjan.train.outline import Outline
 from smedjan.train.processes import together
 from smedjan.train.progress import Progress
 from smedjan.train.samples import Samples
@@ -117,51 +124,36 @@ class Finetune:
             max_length=self.max_length,
             pad_to=PAD_TO,
         )
-        self.lora = None
-        check_method(train, config.method)
-        model = self.files.config
+        self._choose()
+
+    def _choose(self) -> None:
+        """What is trained: parameters of the model (`names`), or adapters beside it, with some modules (`whole`)."""
+        config, model = self.config, self.files.config
+        check_method(config.train, config.method)
         grown = (model.embedding, model.head) if self.tokenizer_files else ()
-        self.names = chosen(list(self._shapes), train, model.tied(), grown=grown)
+        self.names = chosen(list(self._shapes), config.train, model.tied(), grown=grown)
+        self.lora: Lora | None = None
         self.whole: tuple[str, ...] = ()
         if config.method != "full":
-            lora = config.lora
             self.whole = self._whole_modules()
-            self.lora = Lora(
-                rank=lora.rank,
-                alpha=lora.alpha,
-                dropout=lora.dropout,
-                targets=lora.targets or self.files.config.linear_layers(),
-                layers=self._adapted_layers(lora.last_layers),
-                transposed=self.files.config.conv1d,
-                ranks=lora.ranks,
-                alphas=lora.alphas,
-                rslora=lora.rslora,
-                dora=lora.dora,
-            )
-            shapes = self.lora.shapes(self._shapes)
-            names = self.files.config.names
-            for module in (f"{names.embedding}.weight", f"{names.head}.weight"):
-                if self.lora.matches(module.removesuffix(".weight")):
-                    raise ConfigError(
-                        f"{module.removesuffix('.weight')!r} takes no adapter",
-                        field="lora.targets",
-                        remedy="name linear layers of the blocks, such as q_proj",
-                    )
-            for target in self.lora.targets:
-                if not any(f".{target}.lora_A" in name for name in shapes):
-                    raise ConfigError(
-                        f"no module is called {target!r}",
-                        field="lora.targets",
-                        remedy="see smedjan graph for the names",
-                    )
-            for field, pairs in (("lora.rank_pattern", lora.ranks), ("lora.alpha_pattern", lora.alphas)):
-                for name, _ in pairs:
-                    if not any(f".{name}.lora_A" in adapter for adapter in shapes):
-                        raise ConfigError(
-                            f"no module with an adapter is called {name!r}",
-                            field=field,
-                            remedy="see smedjan graph for the names, and --lora.targets",
-                        )
+            self.lora = adapters(config.lora, model, self._shapes)
+
+    @cached_property
+    def forms(self) -> Forms:
+        """Of the run's micro-batches: how many programs it needs."""
+        return forms_met(self.steps)
+
+    def changed(self, config: FinetuneConfig) -> Finetune:
+        """These rows and this model under other flags of size, method and optimizer, to plan what they would need: no
+        row is read again, and `steps` stay what they were."""
+        other = copy(self)
+        other.config = config
+        other.__dict__.pop("outline", None)
+        if config.train.fp8:
+            fp8.check(self.backend, method=config.method, dtype=config.dtype or self.files.dtype, field=FP8)
+        other.max_length = config.train.max_length_for(self.files.config.max_position_embeddings)
+        other._choose()
+        return other
 
     def _add_tokens(self, tokens: tuple[str, ...]) -> None:
         self.tokenizer, ids = new_tokens.with_tokens(self.tokenizer, tokens)
@@ -174,18 +166,6 @@ class Finetune:
         asked = parameters_named(self.config.lora.modules_to_save or (), model, "lora.modules_to_save")
         grown = (model.embedding, model.head) if self.tokenizer_files else ()
         return tuple(name for name in dict.fromkeys((model.embedding, model.head)) if name in (*asked, *grown))
-
-    def _adapted_layers(self, last: int | None) -> tuple[int, ...] | None:
-        count = self.files.config.num_hidden_layers
-        if last is None:
-            return None
-        if last > count:
-            raise ConfigError(
-                f"{last} is more than the model's {count} layers",
-                field="lora.last_layers",
-                remedy=f"give --lora.last-layers {count} or less",
-            )
-        return tuple(range(count - last, count))
 
     @property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -221,25 +201,55 @@ class Finetune:
             attention=config.train.attention,
             quantized=config.storage,
         )
-        train = config.train
-        session.fp8 = train.fp8
-        session.z_loss, session.label_smoothing, session.neftune = train.z_loss, train.label_smoothing, train.neftune
-        if config.train.memory is not None:
-            session.memory = parse_size(config.train.memory, "train.memory")
-        names = self.names
+        self._set(session)
         if self.lora is not None:
             fresh = {**initial_adapter(self.lora, self._shapes, config.seed), **self.start}
             session.parameters.update({name: self.backend.from_raw(raw) for name, raw in fresh.items()})
-            # In the order of PEFT's parameters: the embedding first, a head last.
-            head = [name for name in self.whole if name != self.files.config.embedding]
-            first = [name for name in self.whole if name not in head]
-            session.lora, names = self.lora, [*first, *self.lora.shapes(self._shapes), *head]
             session.parameters.update(adapter.first_magnitudes(session, group))
-        model = self.files.config.names
-        made = optimizer(
-            config.optim, config.learning_rate, names, apart=(model.embedding, model.head), ema=train.ema or 0.0
+        return Trainer(session, self.trained, self._optimizer(), seed=config.seed, group=group)
+
+    @cached_property
+    def outline(self) -> Outline:
+        """The same without an array: nothing is read or computed."""
+        config, model = self.config, self.files.config
+        session = Session(
+            self.backend,
+            model,
+            {},
+            computed_dtype(self.files, config.dtype),
+            attention=config.train.attention,
+            quantized=model.linear_weights() if config.storage else (),
+            storage=config.storage or "nf4",
         )
-        return Trainer(session, names, made, seed=config.seed, group=group)
+        self._set(session)
+        return Outline(session=session, names=self.trained, optimizer=self._optimizer())
+
+    def _set(self, session: Session) -> None:
+        train = self.config.train
+        session.lora, session.fp8 = self.lora, train.fp8
+        session.z_loss, session.label_smoothing, session.neftune = train.z_loss, train.label_smoothing, train.neftune
+        session.memory = self.memory
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes that the flags give the run."""
+        given = self.config.train.memory
+        return None if given is None else parse_size(given, "train.memory")
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the parameters that are trained, adapters in the order of PEFT's: the embedding first, a head
+        last."""
+        if self.lora is None:
+            return tuple(self.names)
+        head = [name for name in self.whole if name != self.files.config.embedding]
+        first = [name for name in self.whole if name not in head]
+        return (*first, *self.lora.shapes(self._shapes), *head)
+
+    def _optimizer(self) -> Optimizer:
+        config, model = self.config, self.files.config.names
+        ema = config.train.ema or 0.0
+        return optimizer(config.optim, config.learning_rate, self.trained, apart=(model.embedding, model.head), ema=ema)
 
     def learning_rate(self, step: int) -> float:
         """Of `step`, counted from 0. Warm-up ends at the peak; its first step is not zero, unlike transformers'."""
@@ -315,7 +325,7 @@ def _finetune(
         raise ConfigError("exists already", file=out, field="out", remedy="give --resume, or another directory")
     if parts.starts_apart:
         parts.start = adapter.shared(group, lambda: parts.start) if found is None else adapter.read_start(out)
-    meter = Meter(parts.backend, config.dtype or parts.files.dtype)
+    meter = Meter(parts.backend, config.dtype or parts.files.dtype, parts.memory)
     samples = Samples(parts) if config.train.sample_every and group.rank == 0 else None
     trainer = parts.trainer(group)
     start = 0
@@ -325,6 +335,8 @@ def _finetune(
         start, history = _resume(parts, trainer, found, out)
     errors = _fp8_errors(parts, trainer, start)
     head = header(parts, trainer, meter, start)
+    if said := warning(head["memory"]["planned_bytes"], meter.available_bytes):
+        say(said)
     if lock is not None:
         lock.acquire()
     group.exchange()  # none writes before all have looked at what is there

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from smedjan.checkpoint.raw import specs_of
 from smedjan.runtime.session import bucket_rows
-from smedjan.train.largest import largest_program, planned_bytes
+from smedjan.train.largest import largest_program
 from smedjan.train.meter import Meter
+from smedjan.train.outline import planned_bytes
 from smedjan.train.step import Trainer
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ def header(parts: Finetune, trainer: Trainer, meter: Meter, start: int) -> Heade
     batch = steps.batches_for_step(min(start, steps.total - 1))[0]
     rows = 0 if parts.backend.exact else len(bucket_rows(batch.labels.reshape(-1)))
     program = session.micro_program(session.form(batch, rows=rows), trainer.names)
-    planned = largest_program(parts, trainer)
-    session.reserve(planned)
+    largest = [largest_program(parts, trainer, accumulate=more) for more in (False, True)[: steps.grad_accum]]
+    session.reserve(largest[0])
     dataset = parts.dataset
     return {
         "model": {
@@ -67,8 +68,9 @@ def header(parts: Finetune, trainer: Trainer, meter: Meter, start: int) -> Heade
         "exact": parts.backend.exact,
         "plan_hash": program.plan_hash,
         "memory": {
-            "planned_bytes": planned_bytes(trainer, planned),
+            "planned_bytes": max(planned_bytes(trainer, program, forms=parts.forms) for program in largest),
             "baseline_bytes": meter.baseline_bytes,
+            "available_bytes": meter.available_bytes,
         },
         "peak": {"flops": meter.peak_flops, "how": None if meter.peak_flops is None else "measured: a square matmul"},
         "versions": {"smedjan": _version("smedjan"), "python": platform.python_version(), **parts.backend.versions()},
@@ -111,7 +113,9 @@ def lines(header: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     exact = "exact" if header["exact"] else "fast"
     yield "runs on", f"{header['backend']} ({exact}) on {header['device']}, plan {header['plan_hash']}"
     planned, before = memory["planned_bytes"], memory["baseline_bytes"]
-    yield "memory", f"{_size(planned)} planned, above {_size(before)} before the model"
+    available = memory.get("available_bytes")
+    left = "" if available is None else f", {_size(available)} available"
+    yield "memory", f"{_size(planned)} planned, above {_size(before)} before the model{left}"
     peak = header["peak"]["flops"]
     yield "peak", "unknown on this device" if peak is None else f"{peak / 1e9:,.0f} GFLOP/s, measured by a matmul"
     yield "versions", ", ".join(f"{name} {found}" for name, found in header["versions"].items())

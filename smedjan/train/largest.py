@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import ceil
 from typing import TYPE_CHECKING
 
+from smedjan.backends.base import Forms
+from smedjan.data.dataset import Steps
 from smedjan.graph.program import Program
 from smedjan.models.decoder import Form
 from smedjan.runtime.session import ROW_BUCKET
-from smedjan.train.step import Trainer
+from smedjan.train.outline import Planned
 
 if TYPE_CHECKING:
     from smedjan.train.finetune import Finetune
 
 
-def largest_form(parts: Finetune, dtype: str) -> Form:
-    """Full rows of the longest example, with the most trained tokens that any has."""
-    train = parts.config.train
-    longest = parts.max_length if train.packing else max(map(len, parts.dataset.examples))
-    seq = min(-(-longest // 16) * 16, parts.max_length)
-    trained = max(example.trained_tokens for example in parts.dataset.examples) * train.batch_size
+def largest_form(parts: Finetune, dtype: str, seq: int | None = None) -> Form:
+    """Full rows of the longest example, with the most trained tokens that any has. With `seq`, of rows that long, of
+    which as large a share is trained."""
+    train, examples = parts.config.train, parts.dataset.examples
+    longest, most = max(map(len, examples)), max(example.trained_tokens for example in examples)
+    if train.packing:  # what fills a row may be all of the kind that is trained most
+        longest, most = parts.max_length, ceil(parts.max_length * max(e.trained_tokens / len(e) for e in examples))
+    padded = min(-(-longest // 16) * 16, parts.max_length)
+    seq = padded if seq is None else seq
+    if seq > padded:
+        most = -(-most * seq // longest)
+    trained = most * train.batch_size
     rows = 0 if parts.backend.exact else min(-(-trained // ROW_BUCKET) * ROW_BUCKET, seq * train.batch_size)
     return Form(
         batch=train.batch_size,
@@ -32,15 +41,23 @@ def largest_form(parts: Finetune, dtype: str) -> Form:
     )
 
 
-def largest_program(parts: Finetune, trainer: Trainer) -> Program:
+def largest_program(parts: Finetune, trainer: Planned, *, accumulate: bool = False) -> Program:
     """Planned in a session without weights, and not run: the largest micro-batch may never come, and its program would
     stay."""
     session = replace(trainer.session, parameters={})
-    return session.micro_program(largest_form(parts, session.dtype), trainer.names)
+    return session.micro_program(largest_form(parts, session.dtype), trainer.names, accumulate=accumulate)
 
 
-def planned_bytes(trainer: Trainer, program: Program) -> int:
-    """What a run takes above its imported libraries: the largest micro-batch's arrays, the optimizer's state, and what
-    libraries take besides."""
-    backend = trainer.session.backend
-    return program.peak_bytes + trainer.optimizer.state_bytes(trainer.shapes) + backend.library_bytes
+def forms_met(steps: Steps, most: int = 1000) -> Forms:
+    """Of the run's micro-batches, in as many steps as `most`."""
+    lengths: set[int] = set()
+    rows: set[tuple[int, int]] = set()
+    for step in range(min(steps.total, most)):
+        units = steps.units_of_step(step)
+        for start in range(0, len(units), steps.batch_size):
+            batch = units[start : start + steps.batch_size]
+            length = -(-max(map(steps.length, batch)) // steps.pad_to)
+            trained = sum(steps.examples[index].trained_tokens for unit in batch for index in unit)
+            lengths.add(length)
+            rows.add((length, -(-trained // ROW_BUCKET)))
+    return Forms(lengths=len(lengths), rows=len(rows))

@@ -18,9 +18,11 @@ class Meter:
 
     peak_flops      of the backend's matrix products of `dtype`, None: unknown
     baseline_bytes  memory of the process, or of the device, before the model
+    available_bytes what the run may take from there on: `memory`, or what the device has; None: unknown
     """
 
-    def __init__(self, backend: Backend, dtype: str) -> None:
+    def __init__(self, backend: Backend, dtype: str, memory: int | None = None) -> None:
+        self.available_bytes = backend.memory_available() if memory is None else memory
         self.peak_flops = backend.peak_flops(dtype)
         backend.reset_peak_memory()
         self.baseline_bytes = backend.peak_memory()

@@ -7,6 +7,7 @@ from typing import Any
 
 from smedjan.backends.base import Backend
 from smedjan.checkpoint.raw import specs_of
+from smedjan.errors import BackendError
 from smedjan.graph.op import Cost
 from smedjan.graph.program import Program
 from smedjan.hf.hub import Say
@@ -15,17 +16,24 @@ from smedjan.models.decoder_config import DecoderConfig
 from smedjan.optim.adamw import AdamW
 from smedjan.passes.lora import Lora
 from smedjan.runtime.session import Session, fills_window
+from smedjan.train import fits
 from smedjan.train.config import FinetuneConfig
+from smedjan.train.estimate import Estimate, step_time
 from smedjan.train.finetune import FP8, Finetune
 from smedjan.train.fp8 import check, layers, of_normal
-from smedjan.train.largest import largest_form, planned_bytes
+from smedjan.train.largest import largest_form
+from smedjan.train.outline import Outline, planned_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """`planned_bytes` is the peak of the largest micro-batch plus optimizer state: values counted whole, views too.
-
-    fp8   errors of the layers in 8-bit floats, on normal inputs; empty where there are none
+    """
+    planned_bytes     what the run takes above its imported libraries, in its largest micro-batch or its update
+    memory_available  bytes that it may take; None: unknown, and so are `fits`, `longest_row` and `advice`
+    step_seconds      of one optimizer step of the largest micro-batches; None: not to be had on this machine
+    longest_row       tokens with which it would fit, up to the model's context; 0: none
+    advice            flags that make it fit at the least cost, and what is planned with them; None: it fits, or none do
+    fp8               errors of the layers in 8-bit floats, on normal inputs; empty where there are none
     """
 
     parameters: int
@@ -33,6 +41,12 @@ class Plan:
     nodes: int
     flops_per_token: int
     planned_bytes: int
+    memory_available: int | None
+    fits: bool | None
+    advice: str | None
+    longest_row: int | None
+    step_seconds: float | None
+    batch: dict[str, int]
     steps: int
     rows: dict[str, int]
     ops: list[dict[str, Any]]
@@ -101,27 +115,62 @@ def decoding_of(
 
 
 def plan(config: FinetuneConfig, *, say: Say = lambda line: None) -> Plan:
-    """The plan of the run's largest micro-batch; reads the model and the rows, and computes nothing but what layers in
-    8-bit floats lose. `say` is told what the person who waits should know of the data."""
+    """The plan of the run's largest micro-batch. Reads the model's shapes and the rows; computes single nodes, to time
+    them, and what layers in 8-bit floats lose. `say` is told what the person who waits should know of the data."""
     parts = Finetune(replace(config, lora=replace(config.lora, init="random")), say=say)  # a start of the same shapes
-    trainer = parts.trainer()
-    form = largest_form(parts, trainer.session.dtype)
-    program = trainer.session.micro_program(form, trainer.names)
+    outline, train = parts.outline, config.train
+    available = fits.memory_available(parts)
+    form = largest_form(parts, outline.session.dtype)
+    program = _program(outline, form)
+    needed = planned_bytes(outline, program, forms=parts.forms)
+    if train.grad_accum > 1:
+        more = _program(outline, form, accumulate=True)
+        needed = max(needed, planned_bytes(outline, more, forms=parts.forms))
+    enough = None if available is None else needed <= available
+    advised = fits.advice(parts, available) if available is not None and not enough else None
+    took = step_time(outline, form, accumulate=train.grad_accum, most_bytes=available) if enough is not False else None
     cost: Cost = program.cost
-    tokens = program.graph.inputs["input_ids"].numel
     return Plan(
         parameters=sum(spec.numel for spec in specs_of(parts.files.tensors).values()),
-        trained_parameters=sum(program.graph.inputs[name].numel for name in trainer.names),
+        trained_parameters=sum(program.graph.inputs[name].numel for name in outline.names),
         nodes=len(program.calls),
-        flops_per_token=cost.flops // tokens,
-        planned_bytes=planned_bytes(trainer, program),
+        flops_per_token=cost.flops // program.graph.inputs["input_ids"].numel,
+        planned_bytes=needed,
+        memory_available=available,
+        fits=enough,
+        advice=None if advised is None else str(advised),
+        longest_row=None if available is None else fits.longest_row(parts, available),
+        step_seconds=None if took is None else took.seconds,
+        batch={"rows": form.batch, "tokens": form.seq, "grad_accum": train.grad_accum},
         steps=parts.steps.total,
         rows=parts.tokenized.counts.rows,
-        ops=[*program.lowerings(), *trainer.update.lowerings()],
+        ops=_ops(program, outline.update, took),
         backend=parts.backend.name,
         exact=parts.backend.exact,
         plan_hash=program.plan_hash,
         memory=program.memory(),
-        launches=dict(program.launches() + trainer.update.launches()),
-        fp8=of_normal(trainer.session, program.graph, field=FP8) if config.train.fp8 else {},
+        launches=dict(program.launches() + outline.update.launches()),
+        fp8=of_normal(parts.trainer().session, program.graph, field=FP8) if train.fp8 else {},
     )
+
+
+def _program(outline: Outline, form: Form, *, accumulate: bool = False) -> Program:
+    """What would run; of a run that no recomputation makes fit, the smallest that it could be."""
+    try:
+        return outline.micro(form, accumulate=accumulate)
+    except BackendError as error:
+        if error.field != "memory":
+            raise
+        return outline.smallest(form, accumulate=accumulate)
+
+
+def _ops(micro: Program, update: Program, took: Estimate | None) -> list[dict[str, Any]]:
+    """What runs on what, the micro-batch's first, with each op's seconds of a step where they were timed."""
+    counts: dict[tuple[str, str], int] = {}
+    for row in (*micro.lowerings(), *update.lowerings()):
+        kind = row["op"], row["lowering"]
+        counts[kind] = counts.get(kind, 0) + row["count"]
+    return [
+        {"op": op, "count": count, "lowering": lowering} | ({} if took is None else {"seconds": took.ops[op, lowering]})
+        for (op, lowering), count in counts.items()
+    ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from smedjan.backends.cpu_native.table import PLANNED, RULES
 from smedjan.backends.planned.launch import Launches
 from smedjan.backends.torch_reference import attention as aten
+from smedjan.graph.lowering import Bytes
 
 LABEL = "aten flash attention (CPU)"
 
@@ -47,20 +48,32 @@ def _forward(q, k, v, mask, y, lse, causal, scale) -> None:
         lse.copy_(sums)
 
 
-def _backward(dy, q, k, v, mask, y, lse, outs: tuple[Tensor | None, ...], causal, scale) -> None:
+def backward(dy, q, k, v, mask, y, lse, outs: tuple[Tensor | None, ...], causal, scale) -> None:
     made = aten.sdpa_bwd(dy, q, k, v, mask, y, lse, causal=causal, scale=scale)
     for array, out in zip(made, outs, strict=True):
         if out is not None:
             out.copy_(array)
 
 
-@PLANNED.kernel("attention", label=LABEL, supports=_several, order={0: INSIDE})
+def _made(besides: Bytes) -> Bytes:
+    """aten's results, until they are copied, and what it takes besides."""
+    return lambda node: sum(tensor.nbytes for tensor in node.outputs) + besides(node)
+
+
+@PLANNED.kernel("attention", label=LABEL, supports=_several, order={0: INSIDE}, temporaries=_made(aten.forward_bytes))
 def planned_attention(run: Launches, ins: tuple, outs: tuple, *, causal: bool, scale: float, **_: object) -> None:
     y, lse = outs
     y = run.scratch(tuple(ins[0].shape), ins[0].dtype) if y is None else y
     run.library(LABEL, _forward, *ins, y, lse, causal, scale)
 
 
-@PLANNED.kernel("attention_bwd", label=LABEL, supports=uncapped, order=dict.fromkeys(range(3), INSIDE), strided=True)
+@PLANNED.kernel(
+    "attention_bwd",
+    label=LABEL,
+    supports=uncapped,
+    order=dict.fromkeys(range(3), INSIDE),
+    strided=True,
+    temporaries=_made(aten.backward_bytes),
+)
 def planned_attention_bwd(run: Launches, ins: tuple, outs: tuple, *, causal: bool, scale: float, **_: object) -> None:
-    run.library(LABEL, _backward, *ins, outs, causal, scale)
+    run.library(LABEL, backward, *ins, outs, causal, scale)

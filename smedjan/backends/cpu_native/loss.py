@@ -69,7 +69,18 @@ def _rising(node: Node) -> bool:
     return node.attrs["scaling"] / node.attrs["divisor"] > 0.0 and compiled(node)
 
 
-@PLANNED.kernel("linear_cross_entropy", label="native cross_entropy + aten mm", supports=_rising)
+def _widened(node: Node) -> int:
+    """A chunk's logits and rows in the dtype of the weight's total, where that is another: float32."""
+    x, weight, labels, _ = node.inputs
+    assert x is not None
+    assert weight is not None
+    assert labels is not None
+    if "w" not in node.attrs["grads"] or x.dtype == "float32" or labels.numel <= CHUNK_ROWS:
+        return 0
+    return CHUNK_ROWS * (weight.shape[0] + weight.shape[1]) * 4
+
+
+@PLANNED.kernel("linear_cross_entropy", label="native cross_entropy + aten mm", supports=_rising, temporaries=_widened)
 def planned_cross_entropy(
     run: Launches,
     ins: tuple,

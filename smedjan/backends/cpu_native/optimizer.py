@@ -8,6 +8,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from smedjan.backends.cpu_native import native
 from smedjan.backends.cpu_native.native.team import call, step, threads
 from smedjan.backends.cpu_native.table import DTYPES, PLANNED, compiled
 from smedjan.backends.planned.launch import Launches
@@ -25,7 +26,8 @@ def _wide(node: Node) -> bool:
         return False
     bucket = split_bucket(node.inputs, attrs["sites"], eight_bit=False, narrow=attrs["narrow"])
     lists = (bucket.params, bucket.exp_avgs, bucket.exp_avg_sqs)
-    return compiled(node) and all(t.dtype == "float32" for each in lists for t in each)
+    known = all(t.dtype in ("float32", "bfloat16") for t in bucket.grads)
+    return native.available() and known and all(t.dtype == "float32" for each in lists for t in each)
 
 
 def numbers(lr: float, step: int, *, beta1: float, beta2: float, weight_decay: float) -> list[float]:

@@ -20,7 +20,7 @@ from smedjan.backends.torch_reference.elementwise import DTYPES
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.errors import BackendError, ConfigError
 from smedjan.graph.node import Graph
-from smedjan.graph.recompute import fit
+from smedjan.graph.recompute import fit, tiers
 from smedjan.passes.fuse import fuse
 from smedjan.passes.fuse_backward import fuse_backward
 
@@ -72,6 +72,10 @@ class CudaTriton(TorchBackend):
             memory = torch.cuda.get_device_properties(0).total_memory - RESERVED
         return Pool(torch.device(self.device), None if memory is None else memory - reserved)
 
+    @property
+    def timed(self) -> bool:
+        return self.device == "cuda"
+
     def peak_flops(self, dtype: str) -> float | None:
         """Unknown in the interpreter, whose speed is nobody's."""
         return super().peak_flops(dtype) if self.device == "cuda" else None
@@ -96,6 +100,17 @@ class CudaTriton(TorchBackend):
             )
         return program
 
+    def smallest(self, graph: Graph, pool: Any = None) -> PlannedProgram:
+        pool, best = pool or self.pool(), None
+        for each in tiers(fuse_backward(graph, self._has)):
+            program = PlannedProgram(each, RULES, pool)
+            if pool.memory is None or program.peak_bytes <= pool.memory:
+                return program
+            if best is None or program.peak_bytes < best.peak_bytes:
+                best = program
+        assert best is not None
+        return best
+
     def _has(self, op: str) -> bool:
         return op in RULES.ops()
 
@@ -108,6 +123,16 @@ class CudaTriton(TorchBackend):
                 remedy="leave it out",
             )
         return fp8_error
+
+    def memory_available(self) -> int | None:
+        """What is free on the GPU and what torch holds of it unused, but for what is reserved; unknown without one."""
+        if self.device == "cpu":
+            return super().memory_available()
+        if self.device == "meta":
+            return None
+        free, _ = torch.cuda.mem_get_info()
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return max(0, free + unused - RESERVED)
 
     def peak_memory(self) -> int:
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else super().peak_memory()

@@ -97,6 +97,13 @@ class MlxBackend(Backend):
         """Fused on Metal alone: MLX's CPU build runs a C++ compiler, seconds long, for every kernel it fuses."""
         return MlxProgram(graph, self.rules, fuse=self.device == "metal")
 
+    def memory_available(self) -> int | None:
+        """On Metal, what the GPU can hold without slowing down, less what MLX has there already."""
+        if self.device != "metal":
+            return super().memory_available()
+        working_set = mx.device_info()["max_recommended_working_set_size"]
+        return max(0, int(working_set) - mx.get_active_memory())
+
     def peak_memory(self) -> int:
         """Metal shares the machine's memory: MLX's own peak where there is a GPU, else the process's."""
         return mx.get_peak_memory() if self.device == "metal" else super().peak_memory()

@@ -24,7 +24,7 @@ from smedjan.backends.planned.pool import Pool
 from smedjan.backends.planned.table import PlannedRules, ViewRule
 from smedjan.backends.torch_reference.elementwise import DTYPES
 from smedjan.graph.node import Graph, Node
-from smedjan.graph.program import Observer, Program
+from smedjan.graph.program import Call, Observer, Program
 from smedjan.graph.recompute import Decision
 from smedjan.graph.tensor import Tensor
 
@@ -53,6 +53,7 @@ class PlannedProgram(Program):
         self.plan = buffers.plan(graph, self._nodes, self._rules)
         self._held = Held(graph=graph, nodes=self._nodes, plan=self.plan, pool=pool)
         self._recorded = self._write_down(Unbound(self._held))
+        self._place = {step.node: index for index, step in enumerate(self._recorded[: len(self._nodes)])}
         self.plan.stores.extend(self._held.scratch)
         self.plan.arena = buffers.settle(self.plan.stores)
         self._bound: dict[str, int] = {}
@@ -75,11 +76,15 @@ class PlannedProgram(Program):
     def launches(self) -> Counter[str]:
         return Counter(call.name for call in self.recorded())
 
+    def starts(self, call: Call) -> bool:
+        return bool(self._recorded[self._place[call.node]].calls)
+
     @property
     def peak_bytes(self) -> int:
-        """Inputs, outputs and the arena: what a run needs on the device, exactly, but for the libraries' workspaces."""
+        """Inputs, outputs, the arena, and the most that a rule allocates besides: what a run needs on the device,
+        exactly, but for the libraries' workspaces that no rule knows."""
         own = sum(store.nbytes for store in self.plan.stores if store.kind not in (ARENA, HOST))
-        return own + self.plan.arena
+        return own + self.plan.arena + max(self.temporaries.values(), default=0)
 
     @property
     def arena_bytes(self) -> int:
@@ -126,6 +131,12 @@ class PlannedProgram(Program):
     def __call__(self, inputs: Mapping[str, Any], *, observe: Observer | None = None) -> dict[str, Any]:
         self._take(inputs)
         self._tell(inputs)
+        return self._play(observe)
+
+    def again(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return self._play(None)
+
+    def _play(self, observe: Observer | None) -> dict[str, Any]:
         if observe is not None:
             self._observed(observe)
         elif self._captured is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smedjan.backends.planned.immediate import run_now, view_now
 from smedjan.backends.planned.launch import Launches
-from smedjan.graph.lowering import Rule, RuleTable, Supports
+from smedjan.graph.lowering import Bytes, Rule, RuleTable, Supports
 from smedjan.graph.node import Node
 
 Bind = Callable[..., None]
@@ -60,10 +60,16 @@ def adopted(rule: Rule) -> KernelRule:
         values = [x if x is None or isinstance(x, Tensor) else run.value(x) for x in ins]
         run.library(rule.label, _run_and_keep, partial(rule.run, **attrs), values, outs)
 
+    def temporaries(node: Node) -> int:
+        """What the rule takes, and its results, until they are copied."""
+        donated = {index for index, _ in node.op.donated(node)}
+        return rule.temporary_bytes(node) + sum(t.nbytes for t in node.outputs if t.index not in donated)
+
     return KernelRule(
         run=rule.run,
         label=rule.label,
         supports=rule.supports,
+        temporaries=temporaries,
         bind=bind,
         donates=lambda node: node.op.donated(node),
         scalars=True,
@@ -114,6 +120,7 @@ class PlannedRules(RuleTable):
         order: dict[int, tuple[int, ...]] | None = None,
         strided: bool = False,
         scalars: bool = False,
+        temporaries: Bytes | None = None,
     ) -> Callable[[Bind], Bind]:
         """Decorator of a `bind`. `label` is "triton NAME", or names the library: "cublas mm"."""
 
@@ -123,6 +130,7 @@ class PlannedRules(RuleTable):
                 run=partial(run_now, op_name, bind, updated, scalars),
                 label=label,
                 supports=supports,
+                temporaries=temporaries,
                 bind=bind,
                 inplace=_pairs(inplace),
                 donates=updated,

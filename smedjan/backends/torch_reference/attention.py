@@ -6,6 +6,7 @@ import torch
 
 from smedjan.backends.torch_reference.elementwise import DTYPES
 from smedjan.backends.torch_reference.table import RULES
+from smedjan.graph.tensor import ITEMSIZE
 
 FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -106,12 +107,44 @@ def _float_mask(mask, dtype):
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask.logical_not(), float("-inf"))
 
 
-@RULES.rule("sdpa", label="aten flash attention (CPU)", supports=lambda node: node.inputs[0].shape[2] > 1)
+def _blocks(node, place):
+    """Bytes of the mask, the input at `place`, as `_float_mask` makes it, of its complement, and of a block of queries
+    by keys in float32, one for each thread (ATen/native/cpu/FlashAttentionKernel.cpp)."""
+    like, mask = node.inputs[0], node.inputs[place]
+    seq = like.shape[2]
+    queries = 256 if seq >= 768 else 64 if seq >= 192 else 32
+    block = 4 * queries * min(512, seq) * torch.get_num_threads()
+    if mask is None or mask.dtype != "bool":
+        return 0, 0, block
+    return mask.numel * ITEMSIZE[like.dtype], mask.numel, block
+
+
+def forward_bytes(node):
+    """What `sdpa` takes besides its results: of narrow dtypes, a block more in float32, and keys and values packed."""
+    q, k, v = node.inputs[:3]
+    mask, complement, block = _blocks(node, 3)
+    sums = 2 * block if q.dtype == "float32" else 3 * block + k.nbytes + v.nbytes
+    return mask + max(complement, sums)
+
+
+def backward_bytes(node):
+    """What `sdpa_bwd` takes besides its results: a copy of dy, and two blocks; of narrow dtypes two more."""
+    dy = node.inputs[0]
+    mask, complement, block = _blocks(node, 4)
+    return mask + max(complement, dy.nbytes + (2 if dy.dtype == "float32" else 4) * block)
+
+
+@RULES.rule(
+    "sdpa",
+    label="aten flash attention (CPU)",
+    supports=lambda node: node.inputs[0].shape[2] > 1,
+    temporaries=forward_bytes,
+)
 def sdpa(q, k, v, mask, *, causal, scale):
     return FORWARD(q, k, v, 0.0, causal, attn_mask=_float_mask(mask, q.dtype), scale=scale)
 
 
-@RULES.rule("sdpa_bwd", label="aten flash attention (CPU)")
+@RULES.rule("sdpa_bwd", label="aten flash attention (CPU)", temporaries=backward_bytes)
 def sdpa_bwd(dy, q, k, v, mask, y, lse, *, causal, scale):
     return BACKWARD(dy, q, k, v, y, lse, 0.0, causal, attn_mask=_float_mask(mask, q.dtype), scale=scale)
 

@@ -34,7 +34,7 @@ def keep(new, old, norm):
     return old if skipped(norm) else old.copy_(new)
 
 
-@RULES.rule("adamw_update")
+@RULES.rule("adamw_update", temporaries=lambda node: 3 * node.inputs[0].nbytes)
 def adamw_update(param, grad, exp_avg, exp_avg_sq, lr, step, grad_scale, norm, *, beta1, beta2, eps, weight_decay):
     if skipped(norm):
         return param, exp_avg, exp_avg_sq

@@ -20,7 +20,13 @@ def tables(device: torch.device) -> tuple[Tensor, Tensor]:
     return pairs.to(device), torch.from_numpy(nf4.DYNAMIC.copy()).to(device)
 
 
-@RULES.rule("nf4_dequantize")
+def _widened(node):
+    """Where bytes are looked up: an index in int32 and in int64 of each, its two float32 values, and the scales."""
+    (out,) = node.outputs
+    return 10 * out.numel + 4 * node.inputs[1].numel - out.nbytes
+
+
+@RULES.rule("nf4_dequantize", temporaries=_widened)
 def nf4_dequantize(codes, absmax, nested, offset, *, shape, dtype):
     pairs, dynamic = tables(codes.device)
     scale = dynamic[absmax.int()] * nested.repeat_interleave(nf4.NESTED_BLOCK)[: len(absmax)] + offset
@@ -54,6 +60,6 @@ def int8_quantize(weight):
     return codes.round().clamp(-127, 127).to(torch.int8), scale
 
 
-@RULES.rule("int8_dequantize")
+@RULES.rule("int8_dequantize", temporaries=lambda node: 8 * node.outputs[0].numel - node.outputs[0].nbytes)
 def int8_dequantize(codes, scale, *, dtype):
     return (codes.float() * scale[:, None]).to(DTYPES[dtype])
