@@ -46,14 +46,16 @@ def finetune(
 
 
 def _plan(wanted: FinetuneConfig) -> Outcome:
-    from smedjan.train import fp8
+    from smedjan.train.eight_bits import summary as errors_summary
+    from smedjan.train.finetune import EIGHT_BITS
     from smedjan.train.plan import plan
 
     made = plan(wanted)
     rows = [(str(row["op"]), str(row["count"]), str(row["lowering"])) for row in made.ops]
     text = f"{table(('op', 'count', 'lowering'), rows)}\n{summary(vars(made))}"
-    if made.fp8:
-        text += f"\n{fp8.line(fp8.summary(made.fp8), on='inputs of a unit normal')}"
+    for way in EIGHT_BITS:
+        if errors := getattr(made, way.key):
+            text += f"\n{way.line(errors_summary(errors), on='inputs of a unit normal')}"
     return Outcome(fields=vars(made), text=text)
 
 

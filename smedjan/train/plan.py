@@ -14,9 +14,10 @@ from smedjan.models.decoder_config import DecoderConfig
 from smedjan.optim.adamw import AdamW
 from smedjan.passes.lora import Lora
 from smedjan.runtime.session import Session, fills_window
+from smedjan.train import fp8 as floats
+from smedjan.train import int8_forward as integers
 from smedjan.train.config import FinetuneConfig
-from smedjan.train.finetune import FP8, Finetune
-from smedjan.train.fp8 import check, layers, of_normal
+from smedjan.train.finetune import EIGHT_BITS, Finetune
 from smedjan.train.largest import largest_form, planned_bytes
 
 
@@ -24,7 +25,7 @@ from smedjan.train.largest import largest_form, planned_bytes
 class Plan:
     """`planned_bytes` is the peak of the largest micro-batch plus optimizer state: values counted whole, views too.
 
-    fp8   errors of the layers in 8-bit floats, on normal inputs; empty where there are none
+    fp8, int8_forward   errors of the layers in 8-bit floats and integers, on normal inputs; empty where there are none
     """
 
     parameters: int
@@ -39,6 +40,7 @@ class Plan:
     exact: bool
     plan_hash: str
     fp8: dict[str, float]
+    int8_forward: dict[str, float]
     memory: list[dict[str, Any]]
     launches: dict[str, int]
 
@@ -55,17 +57,29 @@ def step_of(
     packing: bool = False,
     memory: int | None = None,
     fp8: bool = False,
+    int8_forward: bool = False,
 ) -> list[Program]:
     """The programs of a training step of a model, every parameter and row trained or (LoRA, of rank 16) adapters beside
     all linear layers: micro-batch and update. `method` None: logits alone. Nothing is read or computed."""
     if fp8:
-        check(backend, method=method, dtype=dtype, field="fp8")
+        floats.check(backend, method=method, dtype=dtype, field="fp8")
+    if int8_forward:
+        integers.check(backend, config, method=method, field="int8_forward")
     lora = None
     if method in ("lora", "qlora"):
         lora = Lora(rank=16, alpha=32.0, dropout=0.0, targets=config.linear_layers(), transposed=config.conv1d)
     quantized = config.linear_weights() if method == "qlora" else ()
     session = Session(
-        backend, config, {}, dtype, attention=attention, lora=lora, memory=memory, quantized=quantized, fp8=fp8
+        backend,
+        config,
+        {},
+        dtype,
+        attention=attention,
+        lora=lora,
+        memory=memory,
+        quantized=quantized,
+        fp8=fp8,
+        w8a8=config.linear_weights() if int8_forward else (),
     )
     form = Form(
         batch=batch,
@@ -86,7 +100,7 @@ def step_of(
     update = adamw.graph(shapes, exact=exact, buckets=not exact)
     micro = session.micro_program(form, names)
     if fp8:
-        layers(micro.graph, field="fp8")
+        floats.layers(micro.graph, field="fp8")
     return [micro, session.finish(update)]
 
 
@@ -101,7 +115,7 @@ def decoding_of(
 
 def plan(config: FinetuneConfig) -> Plan:
     """The plan of the run's largest micro-batch; reads the model and the rows, and computes nothing but what layers in
-    8-bit floats lose."""
+    8 bits lose."""
     parts = Finetune(replace(config, lora=replace(config.lora, init="random")))  # a start of the same shapes
     trainer = parts.trainer()
     form = largest_form(parts, trainer.session.dtype)
@@ -123,5 +137,10 @@ def plan(config: FinetuneConfig) -> Plan:
         plan_hash=program.plan_hash,
         memory=program.memory(),
         launches=dict(program.launches() + trainer.update.launches()),
-        fp8=of_normal(trainer.session, program.graph, field=FP8) if config.train.fp8 else {},
+        **{
+            way.key: way.of_normal(trainer.session, program.graph, field=f"train.{way.key}")
+            if getattr(config.train, way.key)
+            else {}
+            for way in EIGHT_BITS
+        },
     )
