@@ -6,6 +6,7 @@ the float product.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from functools import partial
 
@@ -22,16 +23,25 @@ from smedjan.backends.torch_reference import w8a8 as reference
 from smedjan.graph.node import Node
 from smedjan.ops.w8a8 import SMALLEST_ROW, count_of, parts
 
-NATIVE, ATEN = "native w8a8", "aten, in float64"
+ATEN = "aten, in float64"
+WAYS = ("AVX-512 VNNI", "AVX-VNNI", "AVX2", "plain C")
+"""Of src/w8a8_rows.c, by the CPU's instructions: a kernel library has one of them."""
+
 PANEL, ROWS, QUAD = 32, 12, 4
 """Of src/w8a8_rows.c: rows of W in a panel, the most rows of x (HEIGHT) in a tile, columns that one instruction takes.
 A tile reads all its rows, those behind the last one too."""
 
 
-def _compiled(node: Node) -> bool:
+def _has(way: str, node: Node) -> bool:
     x = node.inputs[0]
     assert x is not None
-    return x.dtype in DTYPES.values() and native.available()
+    return x.dtype in DTYPES.values() and native.available() and _way() == way
+
+
+def _way() -> str:
+    function = native.library().smedjan_w8a8_way
+    function.restype = ctypes.c_char_p
+    return function().decode()
 
 
 def _up(count: int, unit: int) -> int:
@@ -94,7 +104,10 @@ def _lora(
 
 for _name, _bind in (("w8a8_linear", _linear), ("w8a8_lora_linear", _lora)):
     PLANNED.kernel(_name, label=ATEN)(partial(_bind, compiled=False))
-    PLANNED.kernel(_name, label=NATIVE, supports=_compiled)(partial(_bind, compiled=True))
+    for _each in WAYS:
+        PLANNED.kernel(_name, label=f"native w8a8, {_each}", supports=partial(_has, _each))(
+            partial(_bind, compiled=True)
+        )
 
 
 def error(x: Tensor, weight: Tensor, codes: Tensor, scale: Tensor) -> float:

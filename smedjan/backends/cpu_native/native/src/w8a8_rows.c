@@ -1,42 +1,45 @@
 /* y = x W^T + b of 8-bit integers: rows of x are coded, products of codes are summed in int32, which is exact in any
- * order, and a sum is scaled in float32 (ops/int8.py has the mathematics).
+ * order, and a sum is scaled in float32 (ops/w8a8.py has the mathematics).
  *
- * The codes of W lie in panels of PANEL rows, for each four columns the four codes of every row: [O / PANEL] [K / 4]
- * [PANEL] [4], zeros behind both ends. One instruction then multiplies four codes of x, the same in every lane, with
- * four of each row's. By the CPU's instructions:
+ * The codes of W lie in panels of PANEL rows, for each four columns (a quad) those of every row, zeros behind both ends:
+ * [O / PANEL] [K / 4] [PANEL] [4]. One instruction then multiplies four codes of x, the same in every lane, with four of
+ * each row's. By the CPU's instructions:
  *
  *   VNNI      vpdpbusd: unsigned by signed bytes. x is coded + 128, and 128 times a row of W's sum is taken off again
  *   AVX2      vpmaddubsw of |x| and of w with x's sign: two products of at most 127^2 fit in its 16 bits
- *   others    plain C
+ *   others    C, a quad being [4] [PANEL], for loops that compilers vectorise: slower than floats
  */
 #include "rows.h"
 
 #define PANEL 32
 
-#if defined(SMEDJAN_PORTABLE)
-#elif defined(__AVX512VNNI__)
-#define OFFSET 128
+#if defined(__AVX2__) && !defined(SMEDJAN_PORTABLE)
+#define WIDTH 2 /* vectors of a panel whose sums are in registers at once */
+#if defined(__AVX512VNNI__)
+#define WAY "AVX-512 VNNI"
 #define LANES32 16
-#define HEIGHT 12 /* rows of x whose sums are in registers at once */
-#define WIDTH 2   /* and vectors of a panel */
+#define HEIGHT 12 /* and rows of x */
+#define OFFSET 128
 typedef __m512i sums;
 ALWAYS sums none(void) { return _mm512_setzero_si512(); }
-ALWAYS sums codes_of(const int8_t *w) { return _mm512_loadu_si512(w); }
+ALWAYS sums load_codes(const int8_t *w) { return _mm512_loadu_si512(w); }
 ALWAYS void keep(int32_t *p, sums v) { _mm512_storeu_si512(p, v); }
 ALWAYS sums four(sums total, int32_t x, sums w) { return _mm512_dpbusd_epi32(total, _mm512_set1_epi32(x), w); }
-#elif defined(__AVX2__)
+#else
 #define LANES32 8
-#define WIDTH 2
 typedef __m256i sums;
 ALWAYS sums none(void) { return _mm256_setzero_si256(); }
-ALWAYS sums codes_of(const int8_t *w) { return _mm256_loadu_si256((const __m256i *)w); }
+ALWAYS sums load_codes(const int8_t *w) { return _mm256_loadu_si256((const __m256i *)w); }
 ALWAYS void keep(int32_t *p, sums v) { _mm256_storeu_si256((__m256i *)p, v); }
 #if defined(__AVXVNNI__)
-#define OFFSET 128
+#define WAY "AVX-VNNI"
 #define HEIGHT 6
+#define OFFSET 128
 ALWAYS sums four(sums total, int32_t x, sums w) { return _mm256_dpbusd_avx_epi32(total, _mm256_set1_epi32(x), w); }
 #else
+#define WAY "AVX2"
 #define HEIGHT 4
+#define OFFSET 0
 ALWAYS sums four(sums total, int32_t x, sums w)
 {
     const sums all = _mm256_set1_epi32(x);
@@ -45,43 +48,47 @@ ALWAYS sums four(sums total, int32_t x, sums w)
 }
 #endif
 #endif
-#ifndef LANES32
-#define LANES32 16
-#define HEIGHT 2
+typedef sums quad;
+#define PLACE(row, column) ((row) * 4 + (column)) /* in a quad of a panel */
+ALWAYS quad codes_of(const int8_t *w, int64_t row) { return load_codes(w + PLACE(row, 0)); }
+#else
+#define WAY "plain C"
 #define WIDTH 2
+#define LANES32 16
+#define HEIGHT 1
+#define OFFSET 0
+typedef const int8_t *quad;
+#define PLACE(row, column) ((column) * PANEL + (row))
+ALWAYS quad codes_of(const int8_t *w, int64_t row) { return w + PLACE(row, 0); }
 typedef struct { int32_t at[LANES32]; } sums;
-typedef struct { int8_t at[4 * LANES32]; } many;
 ALWAYS sums none(void) { return (sums){{0}}; }
-ALWAYS many codes_of(const int8_t *w) { many v; memcpy(&v, w, sizeof v); return v; }
 ALWAYS void keep(int32_t *p, sums v) { memcpy(p, v.at, sizeof v.at); }
-ALWAYS sums four(sums total, int32_t x, many w)
+ALWAYS sums four(sums total, int32_t x, quad w)
 {
     int8_t each[4];
     memcpy(each, &x, 4);
     for (int i = 0; i < LANES32; i++)
-        total.at[i] += each[0] * w.at[4 * i] + each[1] * w.at[4 * i + 1] + each[2] * w.at[4 * i + 2] +
-                       each[3] * w.at[4 * i + 3];
+        total.at[i] += each[0] * w[PLACE(i, 0)] + each[1] * w[PLACE(i, 1)] + each[2] * w[PLACE(i, 2)] +
+                       each[3] * w[PLACE(i, 3)];
     return total;
 }
-#else
-typedef sums many;
-#endif
-#ifndef OFFSET
-#define OFFSET 0
 #endif
 
 #define STRIP (WIDTH * LANES32) /* rows of a panel that a tile takes */
 #define BLOCK 96                /* rows of x that are taken to a panel in one go: a multiple of every HEIGHT */
 _Static_assert(BLOCK % HEIGHT == 0 && PANEL % STRIP == 0, "tiles fill blocks and panels");
 
-/* A multiply-add in one rounding would have other bits than the product and the sum that the reference takes. */
-#if defined(__clang__)
-#define TWO_ROUNDINGS static __attribute__((noinline))
-#define IN_TWO _Pragma("clang fp contract(off)")
-#else
-#define TWO_ROUNDINGS static __attribute__((noinline, optimize("fp-contract=off")))
-#define IN_TWO
-#endif
+/* Which of the ways above this build has, in words: plans say so. */
+__attribute__((visibility("default"))) const char *smedjan_w8a8_way(void) { return WAY; }
+
+/* What a sum stands for. A function of its own, that no compiler makes one rounding of this product and of the sum with
+ * a bias that follows. */
+static __attribute__((noinline)) void scaled(const int32_t *found, const int32_t *taken, float row, const float *scale,
+                                             float *y, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++)
+        y[i] = (float)(int32_t)((uint32_t)found[i] - (uint32_t)taken[i]) * row * scale[i];
+}
 
 /* Codes of rows, + OFFSET, and their scales: NaN for a row that is not finite, whose codes are 0.
  *
@@ -138,21 +145,16 @@ KERNEL smedjan_code_panels(const step *s, int rank, int threads)
             for (int64_t i = 0; i < there; i++)
                 total += codes[i];
             taken[o] = (int32_t)(OFFSET * (uint32_t)total);
-            for (int64_t k = 0; k < quads; k++) {
-                int8_t four[4] = {0};
-                if (4 * k + 4 <= there)
-                    memcpy(four, codes + 4 * k, 4);
-                else
-                    for (int64_t i = 4 * k; i < there; i++)
-                        four[i - 4 * k] = codes[i];
-                memcpy(panel + (k * PANEL + o) * 4, four, 4);
-            }
+            for (int64_t k = 0; k < quads; k++)
+                for (int64_t i = 0; i < 4; i++)
+                    panel[k * 4 * PANEL + PLACE(o, i)] = 4 * k + i < there ? codes[4 * k + i] : 0;
         }
     }
 }
 
-/* Sums of products of HEIGHT rows of x and STRIP rows of a panel, each wherever that many may be read. */
-ALWAYS void tile(const uint8_t *x, int64_t pitch, const int8_t *panel, int64_t quads, int32_t found[HEIGHT][STRIP])
+/* Sums of products of HEIGHT rows of x, as many of which may be read, and STRIP rows of a panel from `first` on. */
+ALWAYS void tile(const uint8_t *x, int64_t pitch, const int8_t *panel, int64_t first, int64_t quads,
+                 int32_t found[HEIGHT][STRIP])
 {
     sums total[HEIGHT][WIDTH];
 #pragma GCC unroll 12
@@ -161,10 +163,10 @@ ALWAYS void tile(const uint8_t *x, int64_t pitch, const int8_t *panel, int64_t q
         for (int v = 0; v < WIDTH; v++)
             total[r][v] = none();
     for (int64_t k = 0; k < quads; k++) {
-        many w[WIDTH];
+        quad w[WIDTH];
 #pragma GCC unroll 2
         for (int v = 0; v < WIDTH; v++)
-            w[v] = codes_of(panel + (k * PANEL + v * LANES32) * 4);
+            w[v] = codes_of(panel + k * 4 * PANEL, first + v * LANES32);
 #pragma GCC unroll 12
         for (int r = 0; r < HEIGHT; r++) {
             int32_t each;
@@ -186,22 +188,6 @@ ALWAYS void tile(const uint8_t *x, int64_t pitch, const int8_t *panel, int64_t q
  * arrays: x's codes and scales, panels, taken, W's scales, bias (or NULL), y.
  * numbers: rows, O, stride of x's codes (four times the quads), stride of y */
 #define DEFINE_CODE_PRODUCT(T)                                                                                         \
-    TWO_ROUNDINGS void scaled_##T(const int32_t *found, const int32_t *taken, float row, const float *scale,           \
-                                  const T##_t *bias, T##_t *y, int64_t count)                                          \
-    {                                                                                                                  \
-        IN_TWO                                                                                                         \
-        if (bias)                                                                                                      \
-            for (int64_t i = 0; i < count; i++) {                                                                      \
-                const float sum = (float)(int32_t)((uint32_t)found[i] - (uint32_t)taken[i]);                           \
-                y[i] = put_##T(sum * row * scale[i] + get_##T(bias[i]));                                               \
-            }                                                                                                          \
-        else                                                                                                           \
-            for (int64_t i = 0; i < count; i++) {                                                                      \
-                const float sum = (float)(int32_t)((uint32_t)found[i] - (uint32_t)taken[i]);                           \
-                y[i] = put_##T(sum * row * scale[i]);                                                                  \
-            }                                                                                                          \
-    }                                                                                                                  \
-                                                                                                                       \
     KERNEL smedjan_code_product_##T(const step *s, int rank, int threads)                                              \
     {                                                                                                                  \
         const int64_t rows = s->number[0], outs = s->number[1], pitch = s->number[2], stride = s->number[3];           \
@@ -211,6 +197,7 @@ ALWAYS void tile(const uint8_t *x, int64_t pitch, const int8_t *panel, int64_t q
         const T##_t *bias = s->array[5];                                                                               \
         const int64_t blocks = (rows + BLOCK - 1) / BLOCK, panels = (outs + PANEL - 1) / PANEL;                        \
         int32_t found[HEIGHT][STRIP];                                                                                  \
+        float made[STRIP];                                                                                             \
         int64_t from, to;                                                                                              \
         share(blocks * panels, 1, rank, threads, &from, &to);                                                          \
         for (int64_t job = from; job < to; job++) {                                                                    \
@@ -218,12 +205,20 @@ ALWAYS void tile(const uint8_t *x, int64_t pitch, const int8_t *panel, int64_t q
             const int64_t end = top + BLOCK < rows ? top + BLOCK : rows;                                               \
             for (int64_t row = top; row < end; row += HEIGHT)                                                          \
                 for (int64_t o = panel * PANEL; o < (panel + 1) * PANEL && o < outs; o += STRIP) {                     \
-                    const int8_t *w = (const int8_t *)s->array[2] + panel * PANEL * pitch + o % PANEL * 4;             \
-                    tile(x + row * pitch, pitch, w, pitch / 4, found);                                                 \
-                    for (int64_t r = 0; r < HEIGHT && row + r < end; r++)                                              \
-                        scaled_##T(found[r], taken + o, rows_scale[row + r], scale + o, bias ? bias + o : NULL,        \
-                                   (T##_t *)s->array[6] + (row + r) * stride + o,                                      \
-                                   outs - o < STRIP ? outs - o : STRIP);                                               \
+                    const int8_t *w = (const int8_t *)s->array[2] + panel * PANEL * pitch;                             \
+                    tile(x + row * pitch, pitch, w, o % PANEL, pitch / 4, found);                                      \
+                    const int64_t count = outs - o < STRIP ? outs - o : STRIP;                                         \
+                    for (int64_t r = 0; r < HEIGHT && row + r < end; r++) {                                            \
+                        T##_t *y = (T##_t *)s->array[6] + (row + r) * stride + o;                                      \
+                        const int there = !bias && sizeof *y == sizeof *made;                                          \
+                        scaled(found[r], taken + o, rows_scale[row + r], scale + o, there ? (void *)y : made, count);  \
+                        if (bias)                                                                                      \
+                            for (int64_t i = 0; i < count; i++)                                                        \
+                                y[i] = put_##T(made[i] + get_##T(bias[o + i]));                                        \
+                        else if (!there)                                                                               \
+                            for (int64_t i = 0; i < count; i++)                                                        \
+                                y[i] = put_##T(made[i]);                                                               \
+                    }                                                                                                  \
                 }                                                                                                      \
         }                                                                                                              \
     }
