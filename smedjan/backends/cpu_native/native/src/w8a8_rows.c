@@ -131,23 +131,30 @@ static __attribute__((noinline)) void scaled(const int32_t *found, const int32_t
  * arrays: codes (int8), panels (int8), taken (int32).  numbers: rows, columns */
 KERNEL smedjan_code_panels(const step *s, int rank, int threads)
 {
-    const int64_t rows = s->number[0], width = s->number[1], quads = (width + 3) / 4;
+    const int64_t rows = s->number[0], width = s->number[1], whole = width / 4, quads = (width + 3) / 4;
     int64_t from, to;
     share(rows, PANEL, rank, threads, &from, &to);
     for (int64_t first = from; first < to; first += PANEL) {
+        const int8_t *codes = (const int8_t *)s->array[0] + first * width;
         int8_t *panel = (int8_t *)s->array[1] + first * 4 * quads;
         int32_t *taken = (int32_t *)s->array[2] + first;
+        const int64_t here = rows - first < PANEL ? rows - first : PANEL;
+        if (here < PANEL || whole < quads)
+            memset(panel, 0, 4 * quads * PANEL);
+        for (int64_t k = 0; k < whole; k++)
+            for (int64_t o = 0; o < here; o++)
+                for (int64_t i = 0; i < 4; i++)
+                    panel[4 * k * PANEL + PLACE(o, i)] = codes[o * width + 4 * k + i];
+        for (int64_t i = 4 * whole; i < width; i++)
+            for (int64_t o = 0; o < here; o++)
+                panel[4 * whole * PANEL + PLACE(o, i % 4)] = codes[o * width + i];
         for (int64_t o = 0; o < PANEL; o++) {
-            const int8_t *codes = (const int8_t *)s->array[0] + (first + o) * width;
-            const int64_t there = first + o < rows ? width : 0;
+            const int64_t there = o < here ? width : 0;
             int32_t total = 0;
             SUM_OF(total)
             for (int64_t i = 0; i < there; i++)
-                total += codes[i];
+                total += codes[o * width + i];
             taken[o] = (int32_t)(OFFSET * (uint32_t)total);
-            for (int64_t k = 0; k < quads; k++)
-                for (int64_t i = 0; i < 4; i++)
-                    panel[k * 4 * PANEL + PLACE(o, i)] = 4 * k + i < there ? codes[4 * k + i] : 0;
         }
     }
 }
