@@ -8,6 +8,10 @@ with the same adapters, AdamW and clipping, on as many threads; their first loss
 the rounds' ratios. Table A: unpadded rows, every token trained. Table B: rows of prompt and completion as they are,
 padded to the longest, completions trained. Peak memory is resident bytes above what the process held once its
 libraries were imported.
+
+A case that ends in -int8 is another computation: the frozen base's forward products are of 8-bit integers. It runs
+beside smedjan's own without them, its first loss is shown beside that one's and not held to it, and its ratio is none
+against a peer. It is run where --cases names it.
 """
 
 from __future__ import annotations
@@ -27,6 +31,9 @@ from typing import Any
 ROWS, LENGTH, RANK = 8, 128, 16
 RAISED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(64 << 20)}
 SIDES = {"smedjan": ("smedjan", {}), "transformers": ("peer", {}), "transformers, raised": ("peer", RAISED)}
+PLAIN = "smedjan, without int8"
+OTHER_SIDES = {"smedjan": ("smedjan", {}), PLAIN: ("plain", {})}
+"""Of cases that end in -int8."""
 CASES = ("lora-float32", "full-float32", "lora-bfloat16", "full-bfloat16")
 
 
@@ -40,7 +47,7 @@ class Worker:
     """The process of one side, at the other end of two pipes."""
 
     def __init__(self, side: str, arguments: list[str]) -> None:
-        kind, environment = SIDES[side]
+        kind, environment = {**SIDES, **OTHER_SIDES}[side]
         command = [sys.executable, __file__, *arguments, "--worker", kind]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment
@@ -84,7 +91,8 @@ def batches(model: str, rows: Path, table: str, count: int) -> list[Any]:
 
 def work(arguments: argparse.Namespace) -> None:
     """One side: a step for each number on stdin."""
-    method, dtype = arguments.cases.split("-")
+    method, dtype, *other = arguments.cases.split("-")
+    int8 = other == ["int8"] and arguments.worker != "plain"
     if arguments.worker == "peer":
         import peft  # noqa: F401
         import torch
@@ -96,7 +104,8 @@ def work(arguments: argparse.Namespace) -> None:
 
     baseline = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    side = _peer(arguments.model, method, dtype) if arguments.worker == "peer" else _ours(arguments, method, dtype)
+    peer = arguments.worker == "peer"
+    side = _peer(arguments.model, method, dtype) if peer else _ours(arguments, method, dtype, int8)
     for line in sys.stdin:
         first, count = map(int, line.split())
         began = time.perf_counter()
@@ -120,7 +129,7 @@ class _Ours:
         return next(iter(self.trainer.session.programs.values())).plan_hash
 
 
-def _ours(arguments: argparse.Namespace, method: str, dtype: str) -> _Ours:
+def _ours(arguments: argparse.Namespace, method: str, dtype: str, int8: bool) -> _Ours:
     from smedjan.train.config import FinetuneConfig, LoraConfig, OptimConfig, TrainConfig
     from smedjan.train.finetune import Finetune
 
@@ -131,7 +140,7 @@ def _ours(arguments: argparse.Namespace, method: str, dtype: str) -> _Ours:
         method=method,
         dtype=dtype,
         backend="cpu_native",
-        train=TrainConfig(batch_size=ROWS, steps=1),
+        train=TrainConfig(batch_size=ROWS, steps=1, int8_forward=int8),
         optim=OptimConfig(lr=1e-4, master=False),
         lora=LoraConfig(rank=RANK),
     )
@@ -183,11 +192,13 @@ def run(case: str, table: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One case: every side's turns, round by round."""
     shared = [arguments.model, str(arguments.rows), "--cases", case, "--table", table]
     shared += ["--rounds", str(arguments.rounds), "--steps", str(arguments.steps)]
-    workers = {side: Worker(side, shared) for side in SIDES}
+    other = case.endswith("-int8")
+    workers = {side: Worker(side, shared) for side in (OTHER_SIDES if other else SIDES)}
     firsts = {side: worker.ask("0 2") for side, worker in workers.items()}  # builds programs, warms caches
     losses = [first["loss"] for first in firsts.values()]
     near = 1e-4 if case.endswith("float32") and "bf" not in case else 3e-2
-    assert all(isclose(loss, losses[0], rel_tol=near) for loss in losses), f"{case}: not the same computation, {losses}"
+    same = other or all(isclose(loss, losses[0], rel_tol=near) for loss in losses)
+    assert same, f"{case}: not the same computation, {losses}"
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in workers}
     for turn in range(arguments.rounds):
         for side, worker in _turned(workers, turn):
@@ -200,6 +211,8 @@ def run(case: str, table: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "case": case,
         "table": table,
+        "another_computation": other,
+        "first_loss": dict(zip(workers, losses, strict=True)),
         "plan_hash": found["smedjan"][0]["plan_hash"],
         "tokens_per_s": {side: median(speed) for side, speed in speeds.items()},
         "ratio": {
@@ -225,7 +238,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--worker", choices=("smedjan", "peer"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=("smedjan", "plain", "peer"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         work(arguments)

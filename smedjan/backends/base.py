@@ -103,6 +103,17 @@ class Backend(ABC):
         """Whether what a call takes here says what a run's will take."""
         return True
 
+    def w8a8_measure(self, *, field: str) -> Callable[[Array, Array, Array, Array], float]:
+        """(x, W, codes, scale) -> |w8a8_linear(x, W) - x W^T| / |x W^T|: what products of 8-bit integers cost a layer.
+
+        A backend that has none raises ConfigError for `field`, which asked for them.
+        """
+        raise ConfigError(
+            f"{self.name} has no products of 8-bit integers",
+            field=field,
+            remedy="give --backend cpu_native, or leave it out",
+        )
+
     def peak_flops(self, dtype: str) -> float | None:
         """FLOP/s that this machine's matrix products of `dtype` reach, measured once in a process; None: unknown."""
         from smedjan.backends.peak import matmul_flops  # it draws with numpy, which a backend does without

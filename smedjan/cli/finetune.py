@@ -50,7 +50,8 @@ def finetune(
 
 
 def _plan(wanted: FinetuneConfig, common: Common) -> Outcome:
-    from smedjan.train import fp8
+    from smedjan.train.eight_bits import summary
+    from smedjan.train.finetune import EIGHT_BITS
     from smedjan.train.plan import plan
 
     made = plan(wanted, say=common.note)
@@ -60,8 +61,9 @@ def _plan(wanted: FinetuneConfig, common: Common) -> Outcome:
     if made.step_seconds is not None:
         head = (*head, "ms")
         rows = [(*row, f"{1e3 * op['seconds']:.1f}") for row, op in zip(rows, made.ops, strict=True)]
-    if made.fp8:
-        lines.append(fp8.line(fp8.summary(made.fp8), on="inputs of a unit normal"))
+    for way in EIGHT_BITS:
+        if errors := getattr(made, way.key):
+            lines.append(way.line(summary(errors), on="inputs of a unit normal"))
     return Outcome(fields=vars(made), text="\n".join(lines) + f"\n\n{table(head, rows)}")
 
 

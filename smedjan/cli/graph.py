@@ -40,6 +40,10 @@ def graph(
     fp8: Annotated[
         bool, Parameter(negative=(), show_default=False, help="linear layers in 8-bit floats (full, cuda_triton)")
     ] = False,
+    int8_forward: Annotated[
+        bool,
+        Parameter(negative=(), show_default=False, help="forward products of the frozen base in 8-bit integers (lora)"),
+    ] = False,
     memory: Annotated[
         str | None, Parameter(help="of the device, such as 24GB: what does not fit is recomputed or offloaded")
     ] = None,
@@ -80,6 +84,7 @@ def graph(
             method=None if forward else method,
             packing=packing,
             fp8=fp8,
+            int8_forward=int8_forward,
             memory=None if memory is None else parse_size(memory, "memory"),
         )
     program = programs[0]

@@ -46,10 +46,11 @@ class Bar:
         if "samples" in event:
             self._show(_samples(event["step"], event["samples"]))
             return
-        if "fp8" in event:
-            from smedjan.train.fp8 import line
+        if "fp8" in event or "int8_forward" in event:
+            from smedjan.train.finetune import EIGHT_BITS
 
-            self._progress.console.print(line(event["fp8"], on="the first batch"), highlight=False)
+            way = next(each for each in EIGHT_BITS if each.key in event)
+            self._progress.console.print(way.line(event[way.key], on="the first batch"), highlight=False)
             return
         if "eval_loss" in event:
             shown = f"step {event['step']}: eval loss {event['eval_loss']:.4f}"

@@ -105,7 +105,7 @@ def group_parts(tensors: Sequence[T], adapted: tuple[bool, ...], biased: bool) -
     return tuple(list(tensors[end - size : end]) for size, end in zip(sizes, ends, strict=True))
 
 
-def _per_member(found: Iterable[T], adapted: tuple[bool, ...]) -> list[T | None]:
+def per_member(found: Iterable[T], adapted: tuple[bool, ...]) -> list[T | None]:
     """One of `found` for each member with an adapter, None for the others."""
     left = iter(found)
     return [next(left) if has else None for has in adapted]
@@ -135,7 +135,7 @@ def lora_linear_group(
     """
     weights, biases, adapters, expanding = group_parts(tensors, adapted, biased)
     require(any(adapted), "lora_linear_group: no member has an adapter, use linear_group")
-    for weight, a, b in zip(weights, _per_member(adapters, adapted), _per_member(expanding, adapted), strict=True):
+    for weight, a, b in zip(weights, per_member(adapters, adapted), per_member(expanding, adapted), strict=True):
         fits = weight.ndim == 2 and weight.shape[1] == x.shape[-1] and weight.dtype == x.dtype
         require(fits, f"lora_linear_group: W {weight.shape} {weight.dtype} for x {x.shape} {x.dtype}")
         if a is not None and b is not None:
@@ -155,8 +155,8 @@ def _(x, *tensors, adapted, biased, scaling, together):
     members = zip(
         weights,
         biases or [None] * len(weights),
-        _per_member(adapters, adapted),
-        _per_member(expanding, adapted),
+        per_member(adapters, adapted),
+        per_member(expanding, adapted),
         strict=True,
     )
     made = [

@@ -20,12 +20,13 @@ from smedjan.models.decoder import Decoder, Form
 from smedjan.models.decoder_config import DecoderConfig
 from smedjan.ops.loss import GRADIENTS_IN_FORWARD
 from smedjan.ops.optimizer import accumulate as accumulate_op
-from smedjan.ops.quantized import STORED
+from smedjan.ops.quantized import STORED, int8_specs
 from smedjan.passes.fp8 import fp8
 from smedjan.passes.int8 import int8
 from smedjan.passes.lora import DTYPE as ADAPTER_DTYPE
 from smedjan.passes.lora import Lora, adapt
 from smedjan.passes.quantize import fuse, quantize
+from smedjan.passes.w8a8 import w8a8
 from smedjan.runtime.adapters import factors
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class Session:
     that are held as `int8_specs`, for inference alone.
     fp8     training takes the products of the blocks' linear layers of 8-bit floats. What measures or uses the model
             does not: its weights stay as they are stored, and others compute with them in their dtype
+    w8a8    names of frozen weights whose products in training's forward pass are of 8-bit integers; their codes lie
+            beside them, as `int8_specs`. What measures or uses the model computes with the weights
     z_loss, label_smoothing, neftune   of training's loss and embeddings (`linear_cross_entropy`, `noised`); a loss that
             is not differentiated is the plain one
     """
@@ -60,6 +63,7 @@ class Session:
     storage: str = "nf4"
     fp8: bool = False
     int8: tuple[str, ...] = ()
+    w8a8: tuple[str, ...] = ()
     z_loss: float = 0.0
     label_smoothing: float = 0.0
     neftune: float = 0.0
@@ -96,9 +100,15 @@ class Session:
             for name in names
             for suffix, spec in STORED[storage](base.pop(name)).items()
         }
+        coded = {
+            f"{name}.{suffix}": (spec.shape, spec.dtype)
+            for name in self.w8a8
+            for suffix, spec in int8_specs(base[name]).items()
+        }
         return (
             {name: (shape, self.dtype) for name, shape in base.items()}
             | stored
+            | coded
             | {name: (shape, ADAPTER_DTYPE) for name, shape in adapters.items()}
         )
 
@@ -129,11 +139,12 @@ class Session:
         if self.fp8 and train:
             graph = fp8(graph, keep=(self.config.head,))
         has = self.backend.rules.has
+        coded = self.w8a8 if train else ()
         if self.backend.exact:
-            return decompose(graph, has)
+            return decompose(w8a8(graph, coded), has)
         if self.quantized and not train:
             graph = fuse(graph)
-        graph = self.backend.fuse(graph)
+        graph = w8a8(self.backend.fuse(graph), coded)
         # Its gradient is what it saved in the forward: what no rule saves is taken apart before it is differentiated.
         return decompose(graph, lambda node: node.op not in GRADIENTS_IN_FORWARD or has(node))
 

@@ -83,6 +83,9 @@ class TrainConfig(Section):
         default=None, metadata={"help": "of the device, such as 24GB: what does not fit is recomputed or offloaded"}
     )
     fp8: bool = field(default=False, metadata={"help": "the blocks' linear layers in 8-bit floats (full, cuda_triton)"})
+    int8_forward: bool = field(
+        default=False, metadata={"help": "forward products of the frozen base in 8-bit integers (lora, cpu_native)"}
+    )
     freeze: tuple[str, ...] | None = field(
         default=None, metadata={"help": "parts of names that are not trained, such as embed_tokens,layers.0 (full)"}
     )

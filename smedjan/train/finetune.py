@@ -36,11 +36,12 @@ from smedjan.optim.schedule import factor
 from smedjan.passes.lora import Lora
 from smedjan.runtime.select import backend as select_backend
 from smedjan.runtime.session import Session
-from smedjan.train import adapter, fp8
+from smedjan.train import adapter, fp8, int8_forward
 from smedjan.train.adapted import adapters
 from smedjan.train.asked import asked
 from smedjan.train.chosen import check_method, chosen
 from smedjan.train.config import FinetuneConfig
+from smedjan.train.eight_bits import Errors, summary
 from smedjan.train.evaluation import PAD_TO, evaluate_loss
 from smedjan.train.fits import warning
 from smedjan.train.header import header
@@ -55,8 +56,8 @@ from smedjan.train.samples import Samples
 from smedjan.train.step import Trainer
 from smedjan.train.track import tracked
 
-FP8 = "train.fp8"
-"""The field that asks for `fp8`."""
+EIGHT_BITS = (fp8.FP8, int8_forward.INT8_FORWARD)
+"""Products of 8 bits that a run can ask for."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -95,8 +96,7 @@ class Finetune:
         self.started = started or datetime.now(UTC).isoformat(timespec="seconds")
         self.files: ModelFiles = open_model(config.model)
         self.backend = select_backend(config.backend)
-        if config.train.fp8:
-            fp8.check(self.backend, method=config.method, dtype=config.dtype or self.files.dtype, field=FP8)
+        self._check_eight_bits()
         self.tokenizer = load_tokenizer(self.files.path)
         if self.tokenizer.vocab_size > self.files.config.vocab_size:
             raise ConfigError(
@@ -149,11 +149,17 @@ class Finetune:
         other = copy(self)
         other.config = config
         other.__dict__.pop("outline", None)
-        if config.train.fp8:
-            fp8.check(self.backend, method=config.method, dtype=config.dtype or self.files.dtype, field=FP8)
+        other._check_eight_bits()
         other.max_length = config.train.max_length_for(self.files.config.max_position_embeddings)
         other._choose()
         return other
+
+    def _check_eight_bits(self) -> None:
+        config, model = self.config, self.files
+        if config.train.fp8:
+            fp8.check(self.backend, method=config.method, dtype=config.dtype or model.dtype, field="train.fp8")
+        if config.train.int8_forward:
+            int8_forward.check(self.backend, model.config, method=config.method, field="train.int8_forward")
 
     def _add_tokens(self, tokens: tuple[str, ...]) -> None:
         self.tokenizer, ids = new_tokens.with_tokens(self.tokenizer, tokens)
@@ -202,6 +208,8 @@ class Finetune:
             quantized=config.storage,
         )
         self._set(session)
+        if config.train.int8_forward:
+            int8_forward.lay(session)
         if self.lora is not None:
             fresh = {**initial_adapter(self.lora, self._shapes, config.seed), **self.start}
             session.parameters.update({name: self.backend.from_raw(raw) for name, raw in fresh.items()})
@@ -229,6 +237,8 @@ class Finetune:
         session.lora, session.fp8 = self.lora, train.fp8
         session.z_loss, session.label_smoothing, session.neftune = train.z_loss, train.label_smoothing, train.neftune
         session.memory = self.memory
+        if train.int8_forward:
+            session.w8a8 = session.config.linear_weights()
 
     @property
     def memory(self) -> int | None:
@@ -333,7 +343,7 @@ def _finetune(
     progress = Progress.of({} if found is None else found.state)
     if found is not None:
         start, history = _resume(parts, trainer, found, out)
-    errors = _fp8_errors(parts, trainer, start)
+    errors = _errors(parts, trainer, start)
     head = header(parts, trainer, meter, start)
     if said := warning(head["memory"]["planned_bytes"], meter.available_bytes):
         say(said)
@@ -353,8 +363,8 @@ def _finetune(
     name = ADAPTER_WEIGHTS if parts.lora is not None else "model.safetensors"
 
     log.write({"step": start, "header": head})
-    if errors:
-        log.write({"step": start, "fp8": fp8.summary(errors)})
+    for key, found_errors in errors.items():
+        log.write({"step": start, key: summary(found_errors)})
 
     def save(step: int) -> None:
         save_checkpoint(
@@ -491,19 +501,20 @@ def _save_result(
     return weights
 
 
-def _fp8_errors(parts: Finetune, trainer: Trainer, start: int) -> fp8.Errors:
-    """Of the first batch from step `start` on (the last step's, where none is left to do), with the weights there."""
-    if not parts.config.train.fp8:
-        return {}
+def _errors(parts: Finetune, trainer: Trainer, start: int) -> dict[str, Errors]:
+    """Of layers in 8 bits, {key: errors}: on the first batch from step `start` on (the last step's, where none is left
+    to do), with the weights there."""
     batches = parts.steps.batches_for_step(min(start, parts.steps.total - 1))
-    return fp8.of_batch(trainer.session, batches[0], trainer.names, field=FP8)
+    return {
+        way.key: way.of_batch(trainer.session, batches[0], trainer.names, field=f"train.{way.key}")
+        for way in EIGHT_BITS
+        if getattr(parts.config.train, way.key)
+    }
 
 
-def _write_plan(trainer: Trainer, file: Path, run: Run, errors: fp8.Errors) -> None:
+def _write_plan(trainer: Trainer, file: Path, run: Run, errors: Mapping[str, Errors]) -> None:
     """What ran on what: the first micro-batch's program (a resumed run that was done already has none), the update."""
     micro = next(iter(trainer.session.programs.values()), None)
     ops = [*(micro.lowerings() if micro is not None else ()), *trainer.update.lowerings()]
-    plan = {"backend": run.backend, "exact": run.exact, "plan_hash": run.plan_hash, "ops": ops}
-    if errors:
-        plan["fp8"] = errors
+    plan = {"backend": run.backend, "exact": run.exact, "plan_hash": run.plan_hash, "ops": ops, **errors}
     write_atomic(file, (json.dumps(plan, indent=2) + "\n").encode())

@@ -17,10 +17,11 @@ from smedjan.optim.adamw import AdamW
 from smedjan.passes.lora import Lora
 from smedjan.runtime.session import Session, fills_window
 from smedjan.train import fits
+from smedjan.train import fp8 as floats
+from smedjan.train import int8_forward as integers
 from smedjan.train.config import FinetuneConfig
 from smedjan.train.estimate import Estimate, step_time
-from smedjan.train.finetune import FP8, Finetune
-from smedjan.train.fp8 import check, layers, of_normal
+from smedjan.train.finetune import EIGHT_BITS, Finetune
 from smedjan.train.largest import largest_form
 from smedjan.train.outline import Outline, planned_bytes
 
@@ -33,7 +34,7 @@ class Plan:
     step_seconds      of one optimizer step of the largest micro-batches; None: not to be had on this machine
     longest_row       tokens with which it would fit, up to the model's context; 0: none
     advice            flags that make it fit at the least cost, and what is planned with them; None: it fits, or none do
-    fp8               errors of the layers in 8-bit floats, on normal inputs; empty where there are none
+    fp8, int8_forward  errors of the layers in 8-bit floats and integers, on normal inputs; empty where there are none
     """
 
     parameters: int
@@ -54,6 +55,7 @@ class Plan:
     exact: bool
     plan_hash: str
     fp8: dict[str, float]
+    int8_forward: dict[str, float]
     memory: list[dict[str, Any]]
     launches: dict[str, int]
 
@@ -70,17 +72,29 @@ def step_of(
     packing: bool = False,
     memory: int | None = None,
     fp8: bool = False,
+    int8_forward: bool = False,
 ) -> list[Program]:
     """The programs of a training step of a model, every parameter and row trained or (LoRA, of rank 16) adapters beside
     all linear layers: micro-batch and update. `method` None: logits alone. Nothing is read or computed."""
     if fp8:
-        check(backend, method=method, dtype=dtype, field="fp8")
+        floats.check(backend, method=method, dtype=dtype, field="fp8")
+    if int8_forward:
+        integers.check(backend, config, method=method, field="int8_forward")
     lora = None
     if method in ("lora", "qlora"):
         lora = Lora(rank=16, alpha=32.0, dropout=0.0, targets=config.linear_layers(), transposed=config.conv1d)
     quantized = config.linear_weights() if method == "qlora" else ()
     session = Session(
-        backend, config, {}, dtype, attention=attention, lora=lora, memory=memory, quantized=quantized, fp8=fp8
+        backend,
+        config,
+        {},
+        dtype,
+        attention=attention,
+        lora=lora,
+        memory=memory,
+        quantized=quantized,
+        fp8=fp8,
+        w8a8=config.linear_weights() if int8_forward else (),
     )
     form = Form(
         batch=batch,
@@ -101,7 +115,7 @@ def step_of(
     update = adamw.graph(shapes, exact=exact, buckets=not exact)
     micro = session.micro_program(form, names)
     if fp8:
-        layers(micro.graph, field="fp8")
+        floats.layers(micro.graph, field="fp8")
     return [micro, session.finish(update)]
 
 
@@ -116,7 +130,7 @@ def decoding_of(
 
 def plan(config: FinetuneConfig, *, say: Say = lambda line: None) -> Plan:
     """The plan of the run's largest micro-batch. Reads the model's shapes and the rows; computes single nodes, to time
-    them, and what layers in 8-bit floats lose. `say` is told what the person who waits should know of the data."""
+    them, and what layers in 8 bits lose. `say` is told what the person who waits should know of the data."""
     parts = Finetune(replace(config, lora=replace(config.lora, init="random")), say=say)  # a start of the same shapes
     outline, train = parts.outline, config.train
     available = fits.memory_available(parts)
@@ -150,8 +164,18 @@ def plan(config: FinetuneConfig, *, say: Say = lambda line: None) -> Plan:
         plan_hash=program.plan_hash,
         memory=program.memory(),
         launches=dict(program.launches() + outline.update.launches()),
-        fp8=of_normal(parts.trainer().session, program.graph, field=FP8) if train.fp8 else {},
+        **_errors(parts, program),
     )
+
+
+def _errors(parts: Finetune, program: Program) -> dict[str, dict[str, float]]:
+    """{flag: layers' errors} of each way to take products of 8 bits; for those that the run has, weights are read."""
+    asked = {way: getattr(parts.config.train, way.key) for way in EIGHT_BITS}
+    session = parts.trainer().session if any(asked.values()) else None
+    return {
+        way.key: way.of_normal(session, program.graph, field=f"train.{way.key}") if wanted and session else {}
+        for way, wanted in asked.items()
+    }
 
 
 def _program(outline: Outline, form: Form, *, accumulate: bool = False) -> Program:

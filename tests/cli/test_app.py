@@ -47,6 +47,7 @@ FLAGS = {
             "--train.track",
             "--train.attention",
             "--train.fp8",
+            "--train.int8-forward",
             "--train.memory",
             "--train.freeze",
             "--train.only",
@@ -97,7 +98,7 @@ FLAGS = {
     "info": set(),
     "graph": {
         *("--plan", "--forward", "--unfold", "--batch-size", "--length", "--dtype", "--attention"),
-        *("--method", "--packing", "--memory", "--fp8", "--decode", "--quantize"),
+        *("--method", "--packing", "--memory", "--fp8", "--int8-forward", "--decode", "--quantize"),
     },
     "report": {"--out", "--live"},
     "doctor": set(),

@@ -24,7 +24,7 @@ FLAGS = """model data eval-data out method resume dry-run seed backend dtype
 train.steps train.epochs train.batch-size train.grad-accum train.max-length train.packing train.loss-on train.too-long
 train.broken
 train.save-every train.keep train.eval-every train.sample-every train.sample-prompts train.track
-train.attention train.fp8 train.memory train.freeze train.only
+train.attention train.fp8 train.int8-forward train.memory train.freeze train.only
 train.z-loss train.label-smoothing train.neftune train.new-tokens
 optim.name optim.lr optim.lr-pattern optim.weight-decay optim.master optim.clip optim.schedule optim.warmup
 optim.max-skipped optim.momentum optim.muon-adjust optim.adamw-lr optim.rho optim.hessian-every

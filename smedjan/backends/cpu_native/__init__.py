@@ -6,6 +6,7 @@ is a fixed list of calls over memory that is planned once. Programs over caches,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from smedjan.backends.cpu_native import (  # noqa: F401  (each fills RULES, PLAN
     quantized,
     rope,
     steps,
+    w8a8,
 )
 from smedjan.backends.cpu_native.loss import CHUNK_ROWS
 from smedjan.backends.cpu_native.native import rules as native_rules
@@ -75,6 +77,9 @@ class CpuNative(TorchBackend):
 
     def pool(self, memory: int | None = None, reserved: int = 0) -> Pool:
         return Pool(torch.device("cpu"), None if memory is None else memory - reserved)
+
+    def w8a8_measure(self, *, field: str) -> Callable[..., float]:
+        return w8a8.error
 
     def fuse(self, graph: Graph) -> Graph:
         return native_rules.fused(graph) if _has_cache(graph) else fuse(graph, _has)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
@@ -54,7 +54,7 @@ def lora_linear_bwd(dy, x, weight, a, b, low, acc, *, needs, scaling):
 GROUP = "aten mm + addmm, stacked"
 
 
-def _columns(weights: Sequence[Tensor]) -> list[slice]:
+def columns(weights: Sequence[Tensor]) -> list[slice]:
     """Where each member lies in y."""
     ends = list(accumulate(weight.shape[0] for weight in weights))
     return [slice(end - weight.shape[0], end) for end, weight in zip(ends, weights, strict=True)]
@@ -69,24 +69,27 @@ def _wide(run: Launches, x: Tensor) -> Tensor:
     return wide
 
 
-def _adapted(weights: Sequence[Tensor], adapted: tuple[bool, ...]) -> list[slice]:
-    return [columns for columns, has in zip(_columns(weights), adapted, strict=True) if has]
+def adapted_columns(weights: Sequence[Tensor], adapted: tuple[bool, ...]) -> list[slice]:
+    return [own for own, has in zip(columns(weights), adapted, strict=True) if has]
 
 
-def _forward(
+Base = Callable[[Tensor, Tensor], None]
+"""base(x, y), rows of both: writes down how y = x W^T + bias is made."""
+
+
+def forward(
     run: Launches,
     x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
+    base: Base,
+    columns: Sequence[slice],
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     outs: tuple,
     *,
-    adapted: tuple[bool, ...],
     scaling: float,
-    together: bool,
 ) -> None:
-    """Beside bfloat16 weights, the base's product is rounded, as PEFT's is, then the sum."""
+    """`columns` of y are those of the members with an adapter. Beside bfloat16 weights, the base's product is rounded,
+    as PEFT's is, then the sum."""
     y, low = outs
     x = as_rows(x)
     rank, rows = a[0].shape[0], x.shape[0]
@@ -95,15 +98,22 @@ def _forward(
     if y is None:
         return
     y = as_rows(y)
-    if together:
-        bias = run.stacked(biases) if biases else None
-        product(run, x, run.stacked(weights).t(), y, plus=bias)
-    else:
-        for index, (columns, weight) in enumerate(zip(_columns(weights), weights, strict=True)):
-            product(run, x, weight.t(), y[:, columns], plus=biases[index] if biases else None)
-    for index, (columns, expand) in enumerate(zip(_adapted(weights, adapted), b, strict=True)):
+    base(x, y)
+    for index, (own, expand) in enumerate(zip(columns, b, strict=True)):
         part = low[:, index * rank : (index + 1) * rank]
-        _add(run, part, expand.t(), y[:, columns], scaling)
+        _add(run, part, expand.t(), y[:, own], scaling)
+
+
+def _products(run: Launches, weights: Sequence[Tensor], biases: Sequence[Tensor], together: bool) -> Base:
+    def base(x: Tensor, y: Tensor) -> None:
+        if together:
+            bias = run.stacked(biases) if biases else None
+            product(run, x, run.stacked(weights).t(), y, plus=bias)
+            return
+        for index, (own, weight) in enumerate(zip(columns(weights), weights, strict=True)):
+            product(run, x, weight.t(), y[:, own], plus=biases[index] if biases else None)
+
+    return base
 
 
 def _add(run: Launches, a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
@@ -137,16 +147,16 @@ def _backward(
     rank, rows = a[0].shape[0], dy.shape[0]
     dx = outs[0] if needs[0] else None
     grads = outs[1:] if needs[0] else outs
-    wide, columns = _wide(run, dy), _adapted(weights, adapted)
+    wide, with_adapter = _wide(run, dy), adapted_columns(weights, adapted)
     g = run.scratch((rows, rank * len(a)), torch.float32)
-    for index, (own, expand) in enumerate(zip(columns, b, strict=True)):
+    for index, (own, expand) in enumerate(zip(with_adapter, b, strict=True)):
         scaled(run, wide[:, own], expand, g[:, index * rank : (index + 1) * rank], scaling, add=False)
     if needs[1]:
         das, dbs = grads[: len(a)], grads[len(a) :]
         if any(da is not None for da in das):
             with run.stacked_results(das, [tuple(each.shape) for each in a]) as da:
                 product(run, g.t(), _wide(run, x), da)
-        for index, (own, db) in enumerate(zip(columns, dbs, strict=True)):
+        for index, (own, db) in enumerate(zip(with_adapter, dbs, strict=True)):
             if db is not None:
                 scaled(run, wide[:, own].t(), low[:, index * rank : (index + 1) * rank], db, scaling, add=False)
     if dx is None:
@@ -156,7 +166,7 @@ def _backward(
     if together:
         product(run, dy, run.stacked(weights), dx, plus=plus)
     else:
-        for own, weight in zip(_columns(weights), weights, strict=True):
+        for own, weight in zip(columns(weights), weights, strict=True):
             product(run, dy[:, own], weight, dx, plus=plus)
             plus = dx
     _add(run, g, run.stacked(a), dx, 1.0)
@@ -165,8 +175,8 @@ def _backward(
 @PLANNED.kernel("lora_linear", label="aten mm + addmm")
 def planned_lora_linear(run: Launches, ins: tuple, outs: tuple, *, scaling: float) -> None:
     x, weight, bias, a, b = ins
-    biases = [] if bias is None else [bias]
-    _forward(run, x, [weight], biases, [a], [b], outs, adapted=(True,), scaling=scaling, together=False)
+    base = _products(run, [weight], [] if bias is None else [bias], together=False)
+    forward(run, x, base, columns([weight]), [a], [b], outs, scaling=scaling)
 
 
 @PLANNED.kernel(
@@ -202,7 +212,8 @@ def planned_lora_linear_group(
 ) -> None:
     x, *tensors = ins
     weights, biases, a, b = group_parts(tensors, adapted, biased)
-    _forward(run, x, weights, biases, a, b, outs, adapted=adapted, scaling=scaling, together=together)
+    base = _products(run, weights, biases, together)
+    forward(run, x, base, adapted_columns(weights, adapted), a, b, outs, scaling=scaling)
 
 
 @PLANNED.kernel("lora_linear_group_bwd", label=GROUP, inplace=lambda node: ((0, 3),) if node.attrs["needs"][0] else ())

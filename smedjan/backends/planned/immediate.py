@@ -29,6 +29,7 @@ from smedjan.ops import (  # noqa: F401  (each fills OPS)
     quantized,
     random,
     rope,
+    w8a8,
 )
 from smedjan.ops import shape as shape_ops  # noqa: F401
 

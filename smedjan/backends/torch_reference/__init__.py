@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from smedjan.backends.torch_reference import (  # noqa: F401  (each fills RULES)
     random,
     rope,
     steps,
+    w8a8,
 )
 from smedjan.backends.torch_reference import (
     shape as shape_rules,  # noqa: F401
@@ -78,6 +80,9 @@ class TorchReference(TorchBackend):
 
     def library_bytes(self, program: Program, forms: Forms) -> int:
         return LIBRARIES
+
+    def w8a8_measure(self, *, field: str) -> Callable[..., float]:
+        return partial(w8a8.error, partial(w8a8.w8a8_linear, biased=False))
 
 
 def backend() -> TorchReference:

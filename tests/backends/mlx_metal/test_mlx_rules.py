@@ -32,10 +32,10 @@ for _module in pkgutil.iter_modules(smedjan.ops.__path__):
 LACKING = {
     *("stochastic_round", "dequantize_blocks", "quantize_blocks", "fp8_rounded"),
     *("attention_mask", "masked_softmax", "masked_softmax_bwd", "document_bounds", "gather_pages"),
-    *("linear_dw_add", "linear_group_dw_add", "to_host", "from_host"),
+    *("linear_dw_add", "linear_group_dw_add", "to_host", "from_host", "w8a8_linear"),
 }
-"""What `--optim.state`, `--optim.rounding` and FP8 ask for, and what only another backend's fusion emits: here an error
-that names the op."""
+"""What `--optim.state`, `--optim.rounding`, FP8 and `--train.int8-forward` ask for, and what only another backend's
+fusion emits: here an error that names the op."""
 
 
 def decomposed() -> set[str]:

@@ -19,7 +19,9 @@ ARRAYS, NUMBERS, REALS = 16, 12, 4
 
 
 class Step(ctypes.Structure):
-    """src/tape.h: struct step"""
+    """src/tape.h: struct step. `held` keeps its arrays."""
+
+    held: tuple[Tensor | None, ...]
 
     _fields_ = (
         ("run", ctypes.c_void_p),
@@ -70,14 +72,17 @@ def step(
     made.array[: len(arrays)] = [None if array is None else array.data_ptr() or None for array in arrays]
     made.number[: len(numbers)] = numbers
     made.real[: len(reals)] = reals
+    made.held = tuple(arrays)
     return made
 
 
 def call(run: Launches, name: str, *steps: Step) -> None:
     """Writes down one call for steps of which none reads what another one writes."""
     tape = (Step * len(steps))(*steps)
-    run.library(f"native {name}", _play, tape, len(steps), threads())
+    held = tuple(each.held for each in steps)
+    run.library(f"native {name}", _play, tape, len(steps), threads(), held)
 
 
-def _play(tape: Any, count: int, threads: int) -> None:
+def _play(tape: Any, count: int, threads: int, held: Any) -> None:
+    """`held` is what the addresses on the tape are of: scratch lives as long as the call."""
     _team()(tape, count, threads)
