@@ -131,7 +131,7 @@ class _Ours:
 
 def _ours(arguments: argparse.Namespace, method: str, dtype: str, int8: bool) -> _Ours:
     from smedjan.train.config import FinetuneConfig, LoraConfig, OptimConfig, TrainConfig
-    from smedjan.train.finetune import Finetune
+    from smedjan.train.parts import Finetune
 
     config = FinetuneConfig(
         model=arguments.model,

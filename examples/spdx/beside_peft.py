@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from smedjan.data.collate import IGNORE, Batch
 from smedjan.passes.lora import Lora
 from smedjan.train.config import FinetuneConfig
-from smedjan.train.finetune import Finetune
+from smedjan.train.parts import Finetune
 
 Step = Callable[[list[Batch], int], float]
 """Takes the micro-batches of a step and its number, gives the loss."""

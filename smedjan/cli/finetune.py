@@ -51,7 +51,7 @@ def finetune(
 
 def _plan(wanted: FinetuneConfig, common: Common) -> Outcome:
     from smedjan.train.eight_bits import summary
-    from smedjan.train.finetune import EIGHT_BITS
+    from smedjan.train.parts import EIGHT_BITS
     from smedjan.train.plan import plan
 
     made = plan(wanted, say=common.note)

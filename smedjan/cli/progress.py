@@ -47,7 +47,7 @@ class Bar:
             self._show(_samples(event["step"], event["samples"]))
             return
         if "fp8" in event or "int8_forward" in event:
-            from smedjan.train.finetune import EIGHT_BITS
+            from smedjan.train.parts import EIGHT_BITS
 
             way = next(each for each in EIGHT_BITS if each.key in event)
             self._progress.console.print(way.line(event[way.key], on="the first batch"), highlight=False)

@@ -18,7 +18,7 @@ from smedjan.data.mask import Example
 from smedjan.generate.batch import LOGITS, grouped
 from smedjan.generate.loop import CAPACITY_STEP
 from smedjan.runtime.session import Cache, Session
-from smedjan.train.finetune import PAD_TO
+from smedjan.train.evaluation import PAD_TO
 
 BATCH = 8
 SHARED = 48

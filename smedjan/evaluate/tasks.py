@@ -21,7 +21,7 @@ from smedjan.generate.sampling import Sampling
 from smedjan.generate.text import TextStream
 from smedjan.hf.tokenizer import Tokenizer
 from smedjan.runtime.session import Session
-from smedjan.train.finetune import PAD_TO
+from smedjan.train.evaluation import PAD_TO
 
 SPARE = 4
 """New tokens allowed beyond the expected answer's, so that an answer that runs on is seen to be wrong."""

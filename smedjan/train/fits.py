@@ -16,7 +16,7 @@ from smedjan.train.largest import largest_form
 from smedjan.train.outline import planned_bytes
 
 if TYPE_CHECKING:
-    from smedjan.train.finetune import Finetune
+    from smedjan.train.parts import Finetune
 
 MULTIPLE = 16
 """Tokens: rows are padded to a multiple of it."""

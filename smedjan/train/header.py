@@ -17,7 +17,7 @@ from smedjan.train.outline import planned_bytes
 from smedjan.train.step import Trainer
 
 if TYPE_CHECKING:
-    from smedjan.train.finetune import Finetune
+    from smedjan.train.parts import Finetune
 
 Header = dict[str, Any]
 

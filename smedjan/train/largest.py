@@ -14,7 +14,7 @@ from smedjan.runtime.session import ROW_BUCKET
 from smedjan.train.outline import Planned
 
 if TYPE_CHECKING:
-    from smedjan.train.finetune import Finetune
+    from smedjan.train.parts import Finetune
 
 
 def largest_form(parts: Finetune, dtype: str, seq: int | None = None) -> Form:

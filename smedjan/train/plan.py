@@ -21,9 +21,9 @@ from smedjan.train import fp8 as floats
 from smedjan.train import int8_forward as integers
 from smedjan.train.config import FinetuneConfig
 from smedjan.train.estimate import Estimate, step_time
-from smedjan.train.finetune import EIGHT_BITS, Finetune
 from smedjan.train.largest import largest_form
 from smedjan.train.outline import Outline, planned_bytes
+from smedjan.train.parts import EIGHT_BITS, Finetune
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from smedjan.hf.tokenizer import Tokenizer
 from smedjan.runtime.session import Session
 
 if TYPE_CHECKING:
-    from smedjan.train.finetune import Finetune
+    from smedjan.train.parts import Finetune
 
 ROWS = 3
 """Of the data, where no prompts are given."""

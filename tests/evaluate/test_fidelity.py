@@ -19,7 +19,7 @@ from smedjan.errors import SmedjanError
 from smedjan.evaluate import fidelity
 from smedjan.hf.load import open_model
 from smedjan.hf.trained import trained
-from smedjan.train.finetune import Finetune
+from smedjan.train.parts import Finetune
 from tests.train.conftest import configure, pairs, tiny, write_rows  # noqa: F401
 
 QLORA = {"method": "qlora", "lora__rank": 4, "train__steps": 15, "train__batch_size": 8, "optim__lr": 2e-2}

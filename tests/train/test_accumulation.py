@@ -208,7 +208,7 @@ def test_runs_that_accumulate_alike(configure, read_log, backend, method, packin
 
 
 def test_an_epoch_packed_and_padded_trains_the_same_tokens(configure):
-    from smedjan.train.finetune import Finetune
+    from smedjan.train.parts import Finetune
 
     totals = []
     for packing in (False, True):

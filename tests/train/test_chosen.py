@@ -15,7 +15,7 @@ from smedjan.errors import SmedjanError
 from smedjan.hf.load import open_model
 from smedjan.train.chosen import chosen
 from smedjan.train.config import TrainConfig
-from smedjan.train.finetune import Finetune
+from smedjan.train.parts import Finetune
 from tests.conftest import assert_bits
 
 RUN = {"train__steps": 4, "optim__schedule": "constant", "optim__warmup": 0, "optim__clip": 0.05}

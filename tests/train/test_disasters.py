@@ -66,8 +66,8 @@ from smedjan.data.collate import IGNORE, collate
 from smedjan.errors import ConfigError, DataError
 from smedjan.evaluate.rows import prompt_ids
 from smedjan.generate.chat import Chat
-from smedjan.train import finetune
-from smedjan.train.finetune import Finetune
+from smedjan.train import parts
+from smedjan.train.parts import Finetune
 from smedjan.train.step import Trainer
 
 ROOT = Path(__file__).parents[2]
@@ -217,7 +217,7 @@ def test_a_clock_set_back_before_a_resume(configure, write_rows, tiny, tmp_path,
             def now(cls, tz=None):
                 return cls(*day, tzinfo=tz)
 
-        monkeypatch.setattr(finetune, "datetime", Clock)
+        monkeypatch.setattr(parts, "datetime", Clock)
 
     on((2026, 3, 1))
     whole = smedjan.finetune(configure("whole", **flags))

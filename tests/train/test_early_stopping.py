@@ -18,8 +18,8 @@ from smedjan.runtime.session import Session
 from smedjan.train import finetune as module
 from smedjan.train.config import TrainConfig
 from smedjan.train.evaluation import batches, evaluate_loss, program_of
-from smedjan.train.finetune import Finetune
 from smedjan.train.largest import largest_program
+from smedjan.train.parts import Finetune
 from smedjan.train.progress import Progress
 
 LOSSES = [3.0, 2.0, 1.95, 2.5, 1.94, 1.0]

@@ -12,8 +12,8 @@ import smedjan
 from smedjan.checkpoint.safetensors import open_file, save_file
 from smedjan.train import estimate
 from smedjan.train.estimate import step_time
-from smedjan.train.finetune import Finetune
 from smedjan.train.largest import largest_form
+from smedjan.train.parts import Finetune
 
 BACKENDS = ("torch_reference", "cpu_native")
 

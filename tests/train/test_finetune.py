@@ -67,7 +67,7 @@ def test_the_evaluation_loss_is_the_saved_models(configure, write_rows, peer_tra
     rows = [{"prompt": "hello 3 ", "completion": "world 0"}, {"prompt": "hello ", "completion": "world 1 2 3"}]
     config = configure(eval_data=str(write_rows(rows, "valid.jsonl")), train__steps=3, train__eval_every=0)
     run = smedjan.finetune(config)
-    from smedjan.train.finetune import Finetune
+    from smedjan.train.parts import Finetune
 
     batches = Finetune(config).eval_dataset.batches(batch_size=4, max_length=64, pad_to=16)
     theirs = peer_trainer(run.run_dir, torch.float32, lr=1.0, clip=0.0).backward(list(batches))

@@ -11,8 +11,8 @@ import smedjan
 from smedjan.cli.app import run
 from smedjan.optim import base
 from smedjan.train import fits
-from smedjan.train.finetune import Finetune
 from smedjan.train.fits import Advice, advice, longest_row, planned, warning, with_flags
+from smedjan.train.parts import Finetune
 
 
 def parts_of(configure, **flags):

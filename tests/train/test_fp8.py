@@ -22,7 +22,7 @@ from smedjan.ops.linear import linear, linear_dx
 from smedjan.runtime.select import backend
 from smedjan.train.config import FinetuneConfig
 from smedjan.train.eight_bits import ROWS, summary
-from smedjan.train.finetune import Finetune
+from smedjan.train.parts import Finetune
 from smedjan.train.plan import step_of
 from tests.families import CASES, make_model
 from tests.tolerances import UNIT_ROUNDOFF

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 import smedjan
 from smedjan.cli.progress import Bar
 from smedjan.train import meter as meter_module
-from smedjan.train.finetune import Finetune
 from smedjan.train.header import lines
 from smedjan.train.meter import WINDOW, Meter
+from smedjan.train.parts import Finetune
 from smedjan.train.plan import plan
 
 

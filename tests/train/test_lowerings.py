@@ -17,7 +17,7 @@ import smedjan
 from smedjan.checkpoint.dtype import to_float32
 from smedjan.checkpoint.run_dir import load_checkpoint
 from smedjan.train.config import FinetuneConfig
-from smedjan.train.finetune import Finetune
+from smedjan.train.parts import Finetune
 from tests.tolerances import assert_close
 
 LOWERINGS = ("torch_reference", "mlx_metal", "cuda_triton")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import smedjan
 from smedjan.errors import SmedjanError
 from smedjan.evaluate.run import evaluate
-from smedjan.train.finetune import Finetune
+from smedjan.train.parts import Finetune
 from tests.conftest import assert_bits
 from tests.tolerances import assert_close
 

@@ -14,9 +14,9 @@ from smedjan.checkpoint.dtype import to_float32
 from smedjan.checkpoint.run_dir import load_checkpoint
 from smedjan.errors import ConfigError
 from smedjan.train.config import OptimConfig
-from smedjan.train.finetune import Finetune
 from smedjan.train.hessian import draw
 from smedjan.train.optimizers import optimizer
+from smedjan.train.parts import Finetune
 
 RATES = {"muon": 2e-3, "lion": 1e-3, "adafactor": 1e-2, "sophia": 3e-3}
 STATE = {

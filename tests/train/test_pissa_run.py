@@ -20,6 +20,7 @@ from smedjan.errors import CheckpointError
 from smedjan.hf import pissa
 from smedjan.hf.load import open_model
 from smedjan.passes.lora import Lora
+from smedjan.train.parts import Finetune
 from tests.tolerances import assert_near
 
 IDS = [[5, 9, 30, 31, 7, 2]]
@@ -41,7 +42,7 @@ def test_the_saved_adapter_is_of_the_base_as_it_is_stored(configure, tiny, extra
     ours = torch.from_numpy(smedjan.load(run.run_dir, backend="torch_reference").logits(IDS))
     assert torch.equal(ours, logits(PeftModel.from_pretrained(base, run.run_dir)))
 
-    parts = smedjan.train.finetune.Finetune(configure(**PISSA, **extra))
+    parts = Finetune(configure(**PISSA, **extra))
     trainer = parts.trainer()
     (checkpoint,) = (run.run_dir / "checkpoints").iterdir()
     trained = load_file(checkpoint / "adapter_model.safetensors")
@@ -56,7 +57,7 @@ def test_the_saved_adapter_is_of_the_base_as_it_is_stored(configure, tiny, extra
 
 def test_it_starts_as_the_base(configure, tiny):
     """Residual and adapters add up to the weights; the gradient of A is not zero, unlike that of a plain start."""
-    trainer = smedjan.train.finetune.Finetune(configure(**PISSA)).trainer()
+    trainer = Finetune(configure(**PISSA)).trainer()
     batch = smedjan.api._batch(IDS, None, IDS, 280)
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     lora = trainer.session.lora
@@ -110,7 +111,7 @@ def test_another_start_is_refused(configure):
 
 def test_qlora_quantises_the_residual(configure, tiny):
     """What is left has the smaller range: its 4 bits lose less than those of the weights (eq. 6 and 8 there)."""
-    parts = smedjan.train.finetune.Finetune(configure(**{**PISSA, "method": "qlora", "lora__rank": 16}))
+    parts = Finetune(configure(**{**PISSA, "method": "qlora", "lora__rank": 16}))
     files, lost = parts.files, []
     for tensors in (files.tensors, pissa.residual(parts.lora, files.tensors, parts.start)):
         total = 0.0

@@ -20,7 +20,7 @@ import torch
 import smedjan
 from smedjan.checkpoint.run_dir import load_checkpoint
 from smedjan.errors import CheckpointError, ConfigError, Elsewhere
-from smedjan.train.finetune import Finetune
+from smedjan.train.parts import Finetune
 from smedjan.train.processes import first, rank_and_world
 from tests.tolerances import UNIT_ROUNDOFF
 from tests.train.test_resume import checkpoints, flags_of, stop_after

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import smedjan
 from smedjan.errors import SmedjanError
-from smedjan.train.finetune import Finetune
+from smedjan.train.parts import Finetune
 from smedjan.train.samples import NEW_TOKENS, Samples, texts_of
 
 CHAT = [{"role": "user", "content": "hello 1"}, {"role": "assistant", "content": "world 1"}]

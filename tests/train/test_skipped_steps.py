@@ -13,7 +13,7 @@ import smedjan
 from smedjan.checkpoint.run_dir import sha256_of
 from smedjan.errors import ConfigError
 from smedjan.runtime.session import Session
-from smedjan.train.finetune import Finetune
+from smedjan.train.parts import Finetune
 
 POISONED = 3
 

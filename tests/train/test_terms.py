@@ -11,7 +11,7 @@ from smedjan.backends.torch_reference.random import uniform
 from smedjan.hf.load import open_model, open_session
 from smedjan.ops.random import NOISE_SITE
 from smedjan.runtime.select import backend as select_backend
-from smedjan.train.finetune import Finetune
+from smedjan.train.parts import Finetune
 from tests.conftest import assert_bits
 from tests.tolerances import assert_near
 from tests.train.test_accumulation import SPLITS, host

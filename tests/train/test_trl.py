@@ -26,7 +26,7 @@ from trl import SFTConfig, SFTTrainer
 from smedjan.checkpoint.dtype import to_float32
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.data.collate import IGNORE, Batch
-from smedjan.train.finetune import Finetune
+from smedjan.train.parts import Finetune
 from tests.conftest import assert_bits
 from tests.tolerances import assert_near
 
