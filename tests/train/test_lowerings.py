@@ -118,7 +118,14 @@ def test_loss_curve(whole, curves, backend):
     assert_within_spread(backend, losses, curves)
 
 
-@pytest.mark.parametrize(("first", "second"), permutations(LOWERINGS, 2))
+# Triton's interpreter takes seconds a step: one way onto it is in every run of the tests, the other one is slow
+HAND_OVERS = [
+    pytest.param(*pair, marks=pytest.mark.slow if pair == ("mlx_metal", "cuda_triton") else ())
+    for pair in permutations(LOWERINGS, 2)
+]
+
+
+@pytest.mark.parametrize(("first", "second"), HAND_OVERS)
 def test_stopped_on_one_goes_on_on_another(run_config, whole, curves, first, second):
     """Ten steps on the first, the rest on the second from its directory, within the bound all along."""
     before = whole(first)[:STOP]

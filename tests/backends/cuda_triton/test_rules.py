@@ -54,6 +54,9 @@ def test_the_plan_has_kernels_views_and_named_libraries_alone(lora, dtype):
         assert all(row["lowering"].startswith(("triton ", "view", *LIBRARIES)) for row in rows), rows
 
 
-@pytest.mark.parametrize(("kind", "dtype", "lora"), [("none", "float32", None), ("packed", "bfloat16", LORA)])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "lora"),
+    [("none", "float32", None), pytest.param("packed", "bfloat16", LORA, marks=pytest.mark.slow)],
+)
 def test_a_step_of_a_tiny_llama(kind, dtype, lora):
     check_step("cuda_triton", kind, dtype, lora)

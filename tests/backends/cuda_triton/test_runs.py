@@ -91,7 +91,9 @@ def curve(method: str, on: Any) -> np.ndarray:
     return np.array(made)
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize(
+    "method", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "qlora"))]
+)
 def test_twenty_packed_steps(method):
     truth, reference = curve(method, Truth()), curve(method, TorchReference())
     found = curve(method, backend("cuda_triton"))
