@@ -6,7 +6,8 @@ Each side is a process of its own, which takes its turn when it is told to: smed
 glibc's malloc as it is, and with thresholds so high that no freed memory goes back to the system. All see the same rows
 with the same adapters, AdamW and clipping, on as many threads; their first losses must agree. A ratio is the median of
 the rounds' ratios. Table A: unpadded rows, every token trained. Table B: rows of prompt and completion as they are,
-padded to the longest, completions trained. Peak memory is resident bytes above what the process held once its
+padded to the longest (by smedjan to a multiple of 16, as its runs do), completions trained; of new
+lengths, so that what a new shape costs is in it. Peak memory is resident bytes above what the process held once its
 libraries were imported.
 
 A case that ends in -int8 is another computation: the frozen base's forward products are of 8-bit integers. It runs
@@ -69,8 +70,8 @@ class Worker:
         self.process.wait()
 
 
-def batches(model: str, rows: Path, table: str, count: int) -> list[Any]:
-    """The batches of the first steps, the same on each side."""
+def batches(model: str, rows: Path, table: str, count: int, pad_to: int) -> list[Any]:
+    """The batches of the first steps: the same rows on each side."""
     from smedjan.data.dataset import TokenDataset
     from smedjan.data.formats import read_rows
     from smedjan.data.mask import Example, tokenize_rows
@@ -85,7 +86,7 @@ def batches(model: str, rows: Path, table: str, count: int) -> list[Any]:
         wanted = count * ROWS * LENGTH
         ids = np.resize(ids, wanted).reshape(-1, LENGTH)
         examples = [Example(input_ids=row, labels_mask=np.arange(LENGTH) > 0, source=source) for row in ids]
-    steps = TokenDataset(examples).steps(seed=0, batch_size=ROWS, steps=count, max_length=1024, pad_to=1)
+    steps = TokenDataset(examples).steps(seed=0, batch_size=ROWS, steps=count, max_length=1024, pad_to=pad_to)
     return [steps.batches_for_step(number)[0] for number in range(count)]
 
 
@@ -98,7 +99,10 @@ def work(arguments: argparse.Namespace) -> None:
         import torch
         from transformers import AutoModelForCausalLM  # noqa: F401
 
-    given = batches(arguments.model, arguments.rows, arguments.table, arguments.rounds * arguments.steps + 2)
+    from smedjan.train.evaluation import PAD_TO
+
+    pad_to = 1 if arguments.worker == "peer" else PAD_TO
+    given = batches(arguments.model, arguments.rows, arguments.table, arguments.rounds * arguments.steps + 2, pad_to)
     if arguments.worker != "peer":
         import torch  # noqa: F401
 

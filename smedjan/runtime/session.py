@@ -12,6 +12,7 @@ from smedjan.backends.base import Array, Backend
 from smedjan.checkpoint.dtype import to_float32
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.errors import ConfigError, ShapeError
+from smedjan.graph.collector import put_off
 from smedjan.graph.grad import grad
 from smedjan.graph.node import Graph
 from smedjan.graph.program import Program
@@ -167,16 +168,18 @@ class Session:
     def logits_program(self, form: Form) -> Program:
         key = ("logits", form, self.lora)
         if key not in self.programs:
-            decoder = Decoder(self.config, form)
-            decoder.graph.output("logits", decoder.logits())
-            self.programs[key] = self.finish(self.forward(decoder))
+            with put_off():
+                decoder = Decoder(self.config, form)
+                decoder.graph.output("logits", decoder.logits())
+                self.programs[key] = self.finish(self.forward(decoder))
         return self.programs[key]
 
     def micro_program(self, form: Form, wrt: Sequence[str], *, accumulate: bool = False) -> Program:
         """loss and grad.NAME for each name; with `accumulate`, each is added to the input total of the same name."""
         key = ("micro", form, tuple(wrt), accumulate, self.lora)
         if key not in self.programs:
-            self.programs[key] = self.finish(self.micro_graph(form, wrt, accumulate=accumulate))
+            with put_off():
+                self.programs[key] = self.finish(self.micro_graph(form, wrt, accumulate=accumulate))
         return self.programs[key]
 
     def micro_graph(self, form: Form, wrt: Sequence[str], *, accumulate: bool = False) -> Graph:

@@ -131,6 +131,7 @@ class Bound(Unbound):
     def __init__(self, held: Held) -> None:
         super().__init__(held)
         self._scratch, self._hosts = iter(held.scratch), 0
+        self.moved = False
 
     def launches(self, position: int) -> Launches:
         held = self.held
@@ -153,10 +154,15 @@ class Bound(Unbound):
             scratch=scratch,
             host=host,
             value=self._value,
-            allocate=held.pool.allocate,
+            allocate=self._elsewhere,
             whole=self._whole(position),
             movable=self._movable,
         )
+
+    def _elsewhere(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Array:
+        """Memory for arrays that are moved."""
+        self.moved = True
+        return self.held.pool.allocate(shape, dtype, device)
 
     def _movable(self, array: Array) -> bool:
         held = self.held

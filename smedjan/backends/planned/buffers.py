@@ -7,6 +7,7 @@ in place takes over a dead input's place; the parts of a concatenation are writt
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -317,19 +318,21 @@ def _given(node: Node, index: int) -> Tensor:
 def settle(stores: Sequence[Store]) -> int:
     """Gives the arena's stores offsets that do not meet while both are alive, the largest first, each at the lowest
     place that is free; returns the arena's bytes."""
-    placed: list[tuple[int, int, int, int]] = []  # first, last, begin, end
+    placed: list[tuple[int, int, int, int]] = []  # begin, end, first, last; in order
     size = 0
-    arena = [store for store in stores if store.kind == ARENA and store.nbytes]
-    for store in sorted(arena, key=lambda store: (-store.nbytes, store.first)):
-        busy = sorted((begin, end) for first, last, begin, end in placed if first <= store.last and store.first <= last)
-        offset = 0
-        for begin, end in busy:
-            if offset + store.nbytes <= begin:
+    arena = [(store.nbytes, store) for store in stores if store.kind == ARENA and store.nbytes]
+    for needed, store in sorted(arena, key=lambda pair: (-pair[0], pair[1].first)):
+        offset, own_first, own_last = 0, store.first, store.last
+        for begin, end, first, last in placed:
+            if first > own_last or own_first > last:
+                continue
+            if offset + needed <= begin:
                 break
-            offset = max(offset, end)
+            if end > offset:
+                offset = end
         store.offset = offset
-        end = -(-(offset + store.nbytes) // ALIGNMENT) * ALIGNMENT
-        placed.append((store.first, store.last, offset, end))
+        end = -(-(offset + needed) // ALIGNMENT) * ALIGNMENT
+        insort(placed, (offset, end, own_first, own_last))
         size = max(size, end)
     return size
 

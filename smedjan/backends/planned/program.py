@@ -23,6 +23,7 @@ from smedjan.backends.planned.launch import Launch, Launches
 from smedjan.backends.planned.pool import Pool
 from smedjan.backends.planned.table import PlannedRules, ViewRule
 from smedjan.backends.torch_reference.elementwise import DTYPES
+from smedjan.graph.collector import put_off
 from smedjan.graph.node import Graph, Node
 from smedjan.graph.program import Call, Observer, Program
 from smedjan.graph.recompute import Decision
@@ -187,18 +188,16 @@ class PlannedProgram(Program):
             if not _stays(tensor) and name not in self._static:
                 self._static[name] = pool.allocate(tensor.shape, DTYPES[tensor.dtype])
         self._held.arrays = {**fixed, **self._static}
-        bound = None
-        while bound != self._addresses(fixed):
+        on = None
+        while on is None or on.moved:
             # A rule may move arrays that must lie one behind another, of which others hold addresses already.
-            bound = self._addresses(fixed)
             self._held.numbers, self._held.values = [], []
-            self._steps = self._write_down(Bound(self._held))
+            on = Bound(self._held)
+            with put_off():
+                self._steps = self._write_down(on)
         self._calls = [call for step in self._steps for call in step.calls]
         self._bound = {name: array.data_ptr() for name, array in fixed.items()}
         self._outputs_at = [(array, array.data_ptr()) for array in self._held.results.values()]
-
-    def _addresses(self, fixed: Mapping[str, Array]) -> list[int]:
-        return [array.data_ptr() for array in (*fixed.values(), *self._held.results.values())]
 
     def _tell(self, inputs: Mapping[str, Any]) -> None:
         """The host's numbers: a learning rate, a step."""
