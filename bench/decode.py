@@ -36,8 +36,8 @@ def ours(folder: Path, quantize: str | None = None) -> tuple[Stream, Callable[[]
     model = smedjan.load(folder, backend="cpu_native", quantize=quantize)
 
     def plan() -> str:
-        forms = model.session.programs.items()
-        return next(program.plan_hash for (_, form), program in forms if form.seq == 1)
+        made = model.session.programs.items()
+        return next(each.plan_hash for (kind, form, *_), each in made if kind == "logits" and form.seq == 1)
 
     return lambda ids, count: model.generate(ids, max_new_tokens=count, stop=()), plan
 
@@ -77,8 +77,8 @@ def transformers(folder: Path) -> Stream:
 def llama_cpp(path: Path, threads: int) -> Stream:
     """llama_decode and the likeliest token, nothing of llama-cpp-python's sampling.
 
-    Without the buffers that ggml repacks weights into: they bring AMX, which some virtual machines announce and then
-    refuse (SIGILL).
+    Without the buffers that ggml repacks weights into: with them, llama-cpp-python 0.3.36 as it was built here ended in
+    SIGILL on a CPU with AMX.
     """
     import llama_cpp
 
