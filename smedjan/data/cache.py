@@ -77,12 +77,21 @@ def tokenize_file(
     """The rows of a file, or of the split of a folder, as `tokenize_rows` makes them: from the cache, or into it."""
     files = data_files(path, split)
     before = [_state(file) for file in files]
-    options = {"max_length": max_length, "loss_on": loss_on, "too_long": too_long}
+    options = {"max_length": max_length, "loss_on": loss_on, "too_long": too_long, "broken": broken}
 
     def make(writer: TokenWriter) -> Tokenized:
         left = Broken(broken, flag=FLAG)
         rows = stream_rows(path, split, chat=tokenizer.chat_template is not None, broken=left)
-        made = tokenize_rows(rows, tokenizer, now=now, into=writer, broken=left, **options)  # type: ignore[arg-type]
+        made = tokenize_rows(
+            rows,
+            tokenizer,
+            max_length=max_length,
+            loss_on=loss_on,
+            too_long=too_long,
+            now=now,
+            into=writer,
+            broken=left,
+        )
         if before != [_state(file) for file in files]:
             raise DataError(
                 "was changed while it was read", file=path, remedy="wait until it is written, and try again"
@@ -91,7 +100,7 @@ def tokenize_file(
 
     if (where := folder()) is None:
         return make(TokenWriter(lambda name: io.BytesIO()))
-    key = _key(files, tokenizer, now, {**options, "broken": broken})
+    key = _key(files, tokenizer, now, options)
     kept = where / f"{key}{SUFFIX}"
     try:
         where.mkdir(parents=True, exist_ok=True)

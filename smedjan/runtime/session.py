@@ -12,8 +12,8 @@ from smedjan.backends.base import Array, Backend
 from smedjan.checkpoint.dtype import to_float32
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.errors import ConfigError, ShapeError
-from smedjan.graph.collector import put_off
 from smedjan.graph.grad import grad
+from smedjan.graph.no_gc import no_gc
 from smedjan.graph.node import Graph
 from smedjan.graph.program import Program
 from smedjan.graph.rewrite import cse, decompose, distinct_outputs, prune
@@ -168,7 +168,7 @@ class Session:
     def logits_program(self, form: Form) -> Program:
         key = ("logits", form, self.lora)
         if key not in self.programs:
-            with put_off():
+            with no_gc():
                 decoder = Decoder(self.config, form)
                 decoder.graph.output("logits", decoder.logits())
                 self.programs[key] = self.finish(self.forward(decoder))
@@ -178,7 +178,7 @@ class Session:
         """loss and grad.NAME for each name; with `accumulate`, each is added to the input total of the same name."""
         key = ("micro", form, tuple(wrt), accumulate, self.lora)
         if key not in self.programs:
-            with put_off():
+            with no_gc():
                 self.programs[key] = self.finish(self.micro_graph(form, wrt, accumulate=accumulate))
         return self.programs[key]
 

@@ -63,7 +63,7 @@ class Launches:
         allocate: memory.Allocate,
         value: Value = lambda scalar: lambda: scalar,
         whole: bool = True,
-        movable: memory.Movable = memory.anywhere,
+        movable: memory.Movable = memory.always,
     ) -> None:
         self.device = device
         self._whole, self._movable = whole, movable

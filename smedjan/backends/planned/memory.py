@@ -24,7 +24,7 @@ Movable = Callable[[Tensor], bool]
 """Whether everybody who reads or writes a tensor's values holds this very tensor: only then it can be moved."""
 
 
-def anywhere(tensor: Tensor) -> bool:
+def always(tensor: Tensor) -> bool:
     return True
 
 
@@ -37,7 +37,7 @@ def follow(first: Tensor, second: Tensor) -> bool:
     )
 
 
-def one_behind_another(tensors: Sequence[Tensor], allocate: Allocate, movable: Movable = anywhere) -> Tensor:
+def one_behind_another(tensors: Sequence[Tensor], allocate: Allocate, movable: Movable = always) -> Tensor:
     """The tensors' values as one flat array, whose parts they become. Contiguous arrays of one dtype."""
     first = tensors[0]
     total = sum(tensor.numel() for tensor in tensors)
@@ -57,7 +57,7 @@ def one_behind_another(tensors: Sequence[Tensor], allocate: Allocate, movable: M
     return flat
 
 
-def stacked(tensors: Sequence[Tensor], allocate: Allocate, movable: Movable = anywhere) -> Tensor:
+def stacked(tensors: Sequence[Tensor], allocate: Allocate, movable: Movable = always) -> Tensor:
     """[O_i, ...] each, equal but for the first dim -> [sum of O_i, ...]"""
     rest = tensors[0].shape[1:]
     assert all(tensor.shape[1:] == rest for tensor in tensors), f"{[list(tensor.shape) for tensor in tensors]}"
@@ -66,7 +66,7 @@ def stacked(tensors: Sequence[Tensor], allocate: Allocate, movable: Movable = an
     return one_behind_another(tensors, allocate, movable).view(-1, *rest)
 
 
-def flat(lists: Sequence[Sequence[Tensor]], allocate: Allocate, movable: Movable = anywhere) -> tuple[Tensor, ...]:
+def flat(lists: Sequence[Sequence[Tensor]], allocate: Allocate, movable: Movable = always) -> tuple[Tensor, ...]:
     """Each list as one flat array, all in one order. What follows in the first list goes on doing so.
 
     What is stacked belongs into one bucket: apart, each of the two would take it from the other in every step.

@@ -23,7 +23,7 @@ from smedjan.backends.planned.launch import Launch, Launches
 from smedjan.backends.planned.pool import Pool
 from smedjan.backends.planned.table import PlannedRules, ViewRule
 from smedjan.backends.torch_reference.elementwise import DTYPES
-from smedjan.graph.collector import put_off
+from smedjan.graph.no_gc import no_gc
 from smedjan.graph.node import Graph, Node
 from smedjan.graph.program import Call, Observer, Program
 from smedjan.graph.recompute import Decision
@@ -193,7 +193,7 @@ class PlannedProgram(Program):
             # A rule may move arrays that must lie one behind another, of which others hold addresses already.
             self._held.numbers, self._held.values = [], []
             on = Bound(self._held)
-            with put_off():
+            with no_gc():
                 self._steps = self._write_down(on)
         self._calls = [call for step in self._steps for call in step.calls]
         self._bound = {name: array.data_ptr() for name, array in fixed.items()}

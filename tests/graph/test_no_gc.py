@@ -1,4 +1,4 @@
-"""The collector of cycles is put off while programs are made, and is on again behind, whatever happened."""
+"""The garbage collector is off while programs are made, and is on again behind, whatever happened."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import gc
 
 import pytest
 
-from smedjan.graph.collector import put_off
+from smedjan.graph.no_gc import no_gc
 
 
 def test_it_is_off_within_and_on_behind():
     assert gc.isenabled()
-    with put_off():
+    with no_gc():
         assert not gc.isenabled()
-        with put_off():
+        with no_gc():
             pass
         assert not gc.isenabled(), "an inner one leaves it to the outer one"
     assert gc.isenabled()
-    with pytest.raises(ZeroDivisionError), put_off():
+    with pytest.raises(ZeroDivisionError), no_gc():
         _ = 1 / 0
     assert gc.isenabled()
 
@@ -25,7 +25,7 @@ def test_it_is_off_within_and_on_behind():
 def test_one_who_has_switched_it_off_finds_it_off():
     gc.disable()
     try:
-        with put_off():
+        with no_gc():
             pass
         assert not gc.isenabled()
     finally:

@@ -1,4 +1,4 @@
-"""Python's collector of cycles, put off while a graph is built and planned.
+"""Python's garbage collector, off while a graph is built and planned.
 
 Tens of thousands of nodes and places are made at once, and all of them stay: each of the collector's passes over them,
 and over all that the libraries hold, would free nothing. They were a third of the time of a plan.
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def put_off() -> Iterator[None]:
+def no_gc() -> Iterator[None]:
     """No pass of the collector within; it is as it was behind. May be nested."""
     running = gc.isenabled()
     gc.disable()
