@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any
 from smedjan.checkpoint.sizes import format_size
 from smedjan.errors import BackendError, ConfigError
 from smedjan.train.config import FinetuneConfig
+from smedjan.train.evaluation import PAD_TO
 from smedjan.train.largest import largest_form
 from smedjan.train.outline import planned_bytes
 
 if TYPE_CHECKING:
     from smedjan.train.parts import Finetune
-
-MULTIPLE = 16
-"""Tokens: rows are padded to a multiple of it."""
 
 GUESSES = 6
 """Interpolations before a search bisects: bytes are nearly a line over a row's length, or a parabola."""
@@ -69,10 +67,10 @@ def planned(parts: Finetune, seq: int | None = None) -> int:
 def longest_row(parts: Finetune, available: int, need: Need = planned) -> int:
     """The most tokens of a row with which the run fits, a multiple of 16 or the model's context; 0 where none does."""
     context = parts.files.config.max_position_embeddings
-    low, high = 0, -(-context // MULTIPLE)
+    low, high = 0, -(-context // PAD_TO)
 
     def bytes_of(blocks: int) -> int:
-        return need(parts, min(blocks * MULTIPLE, context))
+        return need(parts, min(blocks * PAD_TO, context))
 
     at_high = bytes_of(high)
     if at_high <= available:
@@ -92,7 +90,7 @@ def longest_row(parts: Finetune, available: int, need: Need = planned) -> int:
         else:
             high, at_high = middle, found
         turn += 1
-    return low * MULTIPLE
+    return low * PAD_TO
 
 
 def advice(parts: Finetune, available: int, need: Need = planned) -> Advice | None:

@@ -11,6 +11,7 @@ from smedjan.data.dataset import Steps
 from smedjan.graph.program import Program
 from smedjan.models.decoder import Form
 from smedjan.runtime.session import ROW_BUCKET
+from smedjan.train.evaluation import PAD_TO
 from smedjan.train.outline import Planned
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def largest_form(parts: Finetune, dtype: str, seq: int | None = None) -> Form:
     longest, most = max(map(len, examples)), max(example.trained_tokens for example in examples)
     if train.packing:  # what fills a row may be all of the kind that is trained most
         longest, most = parts.max_length, ceil(parts.max_length * max(e.trained_tokens / len(e) for e in examples))
-    padded = min(-(-longest // 16) * 16, parts.max_length)
+    padded = min(-(-longest // PAD_TO) * PAD_TO, parts.max_length)
     seq = padded if seq is None else seq
     if seq > padded:
         most = -(-most * seq // longest)
