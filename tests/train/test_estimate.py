@@ -10,6 +10,8 @@ import pytest
 
 import smedjan
 from smedjan.checkpoint.safetensors import open_file, save_file
+from smedjan.errors import BackendError
+from smedjan.optim import base as optim_base
 from smedjan.train import estimate
 from smedjan.train.estimate import step_time
 from smedjan.train.largest import largest_form
@@ -116,11 +118,21 @@ def test_a_node_that_takes_more_than_there_is_is_not_run(configure):
     ids=["packed dora", "stochastic", "8bit", "muon", "adafactor", "int8"],
 )
 @pytest.mark.parametrize("backend", [*BACKENDS, "mlx_metal"])
-def test_every_kind_of_run_is_timed(configure, backend, flags):
-    """Whatever a run's nodes are, each runs alone, on valid tokens; the plan's ops add up to the step."""
+def test_every_kind_of_run_is_timed(configure, monkeypatch, backend, flags):
+    """Whatever a run's nodes are, each runs alone, on valid tokens; the plan's ops add up to the step. What a backend
+    has no lowering for is refused as in a run."""
+    monkeypatch.setattr(optim_base, "EIGHT_BIT_FROM", 0)  # so that a tiny model has such state
+    config = configure(backend=backend, train__batch_size=1, dry_run=True, **flags)
+    if "optim__state" in flags:
+        outline = Finetune(config).outline
+        assert "uint8" in {dtype for _, dtype in outline.optimizer.state(outline.shapes).values()}
     if backend == "mlx_metal" and flags.keys() & {"optim__rounding", "optim__state"}:
-        pytest.skip("mlx_metal has no such state")
-    made = smedjan.plan(configure(backend=backend, train__batch_size=1, dry_run=True, **flags))
+        with pytest.raises(
+            BackendError, match=r"mlx has no lowering for the op '(stochastic_round|dequantize_blocks)'"
+        ):
+            smedjan.plan(config)
+        return
+    made = smedjan.plan(config)
     assert made.step_seconds > 0
     assert made.step_seconds == pytest.approx(sum(row["seconds"] for row in made.ops))
 
