@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from smedjan.backends.cpu_native import tiles
 from smedjan.backends.cpu_native.linear import product
 from smedjan.backends.cpu_native.native.team import call, step
 from smedjan.backends.cpu_native.table import DTYPES, PLANNED, RULES, compiled
@@ -69,6 +70,21 @@ def _rising(node: Node) -> bool:
     return node.attrs["scaling"] / node.attrs["divisor"] > 0.0 and compiled(node)
 
 
+def _on_tiles(node: Node) -> bool:
+    x, weight, _, _ = node.inputs
+    assert x is not None
+    assert weight is not None
+    return x.dtype == weight.dtype == "bfloat16" and tiles.available() and _rising(node)
+
+
+def _chunk(count: int, hidden: int, grads: str, on_tiles: bool) -> int:
+    """Rows of logits at a time. Where the weight's gradient is made on tiles, all of them, if they take no more memory
+    than CHUNK_ROWS beside a float32 total of that gradient; else more at a time, since each adds to the total."""
+    if not on_tiles or "w" not in grads:
+        return CHUNK_ROWS
+    return count if count <= CHUNK_ROWS + 2 * hidden else 2 * CHUNK_ROWS
+
+
 def _widened(node: Node) -> int:
     """A chunk's logits and rows in the dtype of the weight's total, where that is another: float32."""
     x, weight, labels, _ = node.inputs
@@ -80,6 +96,7 @@ def _widened(node: Node) -> int:
     return CHUNK_ROWS * (weight.shape[0] + weight.shape[1]) * 4
 
 
+@PLANNED.kernel("linear_cross_entropy", label="native cross_entropy + product on AMX", supports=_on_tiles)
 @PLANNED.kernel("linear_cross_entropy", label="native cross_entropy + aten mm", supports=_rising, temporaries=_widened)
 def planned_cross_entropy(
     run: Launches,
@@ -97,13 +114,14 @@ def planned_cross_entropy(
     loss, dx, dweight = outs
     dx, dweight = dx if "x" in grads else None, dweight if "w" in grads else None
     rows, count, vocab = as_rows(x), labels.shape[0], weight.shape[0]
-    logits = run.scratch((min(count, CHUNK_ROWS), vocab), x.dtype)
+    chunk = _chunk(count, weight.shape[1], grads, tiles.takes(rows, weight, weight))
+    logits = run.scratch((min(count, chunk), vocab), x.dtype)
     losses = run.scratch((max(count, 1),), torch.float32)
     total = dweight
-    if dweight is not None and dweight.dtype != torch.float32 and count > CHUNK_ROWS:
+    if dweight is not None and dweight.dtype != torch.float32 and count > chunk:
         total = run.scratch(tuple(weight.shape), torch.float32)  # the sum over chunks is rounded once
-    for start in range(0, count, CHUNK_ROWS):
-        part = slice(start, min(start + CHUNK_ROWS, count))
+    for start in range(0, count, chunk):
+        part = slice(start, min(start + chunk, count))
         made = logits[: part.stop - start]
         product(run, rows[part], weight.t(), made)
         entropy = step(
@@ -115,7 +133,9 @@ def planned_cross_entropy(
         call(run, "cross_entropy", entropy)
         if dx is not None:
             product(run, made, weight, as_rows(dx)[part])
-        if total is not None:
+        if total is not None and tiles.takes(made, rows[part], total):
+            tiles.product(run, made.t(), rows[part], total, plus=total if start else None)
+        elif total is not None:
             run.library("aten mm", _outer, total, made, rows[part], start > 0)
     if total is not dweight:
         run.library("aten copy", Tensor.copy_, dweight, total)
