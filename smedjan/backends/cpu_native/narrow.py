@@ -19,8 +19,9 @@ from smedjan.backends.cpu_native.table import DTYPES
 from smedjan.backends.planned.launch import Launches
 from smedjan.graph.tensor import Tensor as Described
 
-DEEPEST = 256
-"""The most ranks that src/narrow_rows.c packs."""
+MOST = {"float32": 64, "bfloat16": 128}
+"""By dtype of x, the most ranks of a group in all that the kernels are given: with more of them MKL is faster, copies
+and all (bench/narrow.py). src/narrow_rows.c packs 256."""
 
 Product = tuple[Tensor, Tensor, Tensor, float]
 
@@ -54,7 +55,7 @@ class Native:
         """low has the ranks of a group's members side by side."""
         assert x is not None
         assert low is not None
-        return x.dtype in DTYPES.values() and low.shape[-1] <= DEEPEST and native.available()
+        return low.shape[-1] <= MOST.get(x.dtype, 0) and native.available()
 
     @staticmethod
     def wide(run: Launches, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from smedjan.backends.cpu_native import PLANNED, native
-from smedjan.backends.cpu_native.narrow import DEEPEST, Aten, Native
+from smedjan.backends.cpu_native.narrow import MOST, Aten, Native
 from smedjan.backends.planned.immediate import immediate, node_of
 from tests.tolerances import UNIT_ROUNDOFF
 
@@ -110,7 +110,8 @@ def _label(ranks: int, dtype: torch.dtype = torch.float32) -> str:
 
 def test_a_plan_says_whose_products_they_are(monkeypatch):
     for dtype in DTYPES:
-        assert _label(3, dtype) == f"aten mm + {Native.label}"
-        assert _label(DEEPEST + 1, dtype) == f"aten mm + {Aten.label}"
+        most = MOST[str(dtype).removeprefix("torch.")]
+        assert _label(most, dtype) == f"aten mm + {Native.label}"
+        assert _label(most + 1, dtype) == f"aten mm + {Aten.label}"
     monkeypatch.setattr(native, "available", lambda: False)
     assert _label(3) == f"aten mm + {Aten.label}"

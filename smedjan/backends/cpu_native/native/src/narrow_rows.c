@@ -10,7 +10,7 @@
  */
 #include "rows.h"
 
-#define DEEPEST 256       /* R of all: Python's `narrow.DEEPEST` */
+#define DEEPEST 256       /* the most that R is */
 #define PACKED 32768      /* floats of a packed block: 128 KB */
 #define STRIP 64          /* columns that are packed at a time for `expand` */
 #define BLOCK 96          /* rows that then are taken to them: a multiple of every tile's */
