@@ -1,17 +1,23 @@
-"""The adapter's products added into the base's by BLAS itself: no scaled copy and no sum of its own."""
+"""The adapter's products added into the base's as they are made: no scaled copy and no sum of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from smedjan.backends.cpu_native.linear import product, scaled
+from smedjan.backends.cpu_native.linear import product
+from smedjan.backends.cpu_native.narrow import Aten, Narrow, Native
 from smedjan.backends.cpu_native.table import PLANNED, RULES
 from smedjan.backends.planned.launch import Launches
 from smedjan.backends.planned.rows import as_rows
+from smedjan.backends.planned.table import Bind
+from smedjan.graph.node import Node
+from smedjan.graph.tensor import Tensor as Described
 from smedjan.ops.lora import group_parts
 
 LABEL = "cpu_native fused lora_linear"
@@ -51,22 +57,11 @@ def lora_linear_bwd(dy, x, weight, a, b, low, acc, *, needs, scaling):
 
 # Of plans: layers of one input as one product with their stacked weights, their A as another one; each B adds its part.
 
-GROUP = "aten mm + addmm, stacked"
-
 
 def columns(weights: Sequence[Tensor]) -> list[slice]:
     """Where each member lies in y."""
     ends = list(accumulate(weight.shape[0] for weight in weights))
     return [slice(end - weight.shape[0], end) for end, weight in zip(ends, weights, strict=True)]
-
-
-def _wide(run: Launches, x: Tensor) -> Tensor:
-    """Rows of x in float32, as adapters read them."""
-    if x.dtype == torch.float32:
-        return x
-    wide = run.scratch(tuple(x.shape), torch.float32)
-    run.library("aten copy", Tensor.copy_, wide, x)
-    return wide
 
 
 def adapted_columns(weights: Sequence[Tensor], adapted: tuple[bool, ...]) -> list[slice]:
@@ -86,6 +81,7 @@ def forward(
     b: Sequence[Tensor],
     outs: tuple,
     *,
+    narrow: type[Narrow],
     scaling: float,
 ) -> None:
     """`columns` of y are those of the members with an adapter. Beside bfloat16 weights, the base's product is rounded,
@@ -94,14 +90,14 @@ def forward(
     x = as_rows(x)
     rank, rows = a[0].shape[0], x.shape[0]
     low = run.scratch((rows, rank * len(a)), torch.float32) if low is None else as_rows(low)
-    product(run, _wide(run, x), run.stacked(a).t(), low)
+    narrow.reduce(run, [(narrow.wide(run, x), run.stacked(a).t(), low, 1.0)])
     if y is None:
         return
     y = as_rows(y)
     base(x, y)
-    for index, (own, expand) in enumerate(zip(columns, b, strict=True)):
-        part = low[:, index * rank : (index + 1) * rank]
-        _add(run, part, expand.t(), y[:, own], scaling)
+    parts = low.split(rank, 1)
+    products = [(part, expand.t(), y[:, own], scaling) for part, own, expand in zip(parts, columns, b, strict=True)]
+    narrow.expand(run, products)
 
 
 def _products(run: Launches, weights: Sequence[Tensor], biases: Sequence[Tensor], together: bool) -> Base:
@@ -116,17 +112,6 @@ def _products(run: Launches, weights: Sequence[Tensor], biases: Sequence[Tensor]
     return base
 
 
-def _add(run: Launches, a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
-    """out += factor a b; a bfloat16 out is widened for the sum"""
-    if out.dtype == torch.float32:
-        scaled(run, a, b, out, factor, add=True)
-        return
-    wide = run.scratch(tuple(out.shape), torch.float32)
-    run.library("aten copy", Tensor.copy_, wide, out)
-    scaled(run, a, b, wide, factor, add=True)
-    run.library("aten copy", Tensor.copy_, out, wide)
-
-
 def _backward(
     run: Launches,
     dy: Tensor,
@@ -138,6 +123,7 @@ def _backward(
     b: Sequence[Tensor],
     outs: tuple,
     *,
+    narrow: type[Narrow],
     adapted: tuple[bool, ...],
     needs: tuple[bool, bool],
     scaling: float,
@@ -147,18 +133,19 @@ def _backward(
     rank, rows = a[0].shape[0], dy.shape[0]
     dx = outs[0] if needs[0] else None
     grads = outs[1:] if needs[0] else outs
-    wide, with_adapter = _wide(run, dy), adapted_columns(weights, adapted)
+    wide, with_adapter = narrow.wide(run, dy), adapted_columns(weights, adapted)
     g = run.scratch((rows, rank * len(a)), torch.float32)
-    for index, (own, expand) in enumerate(zip(with_adapter, b, strict=True)):
-        scaled(run, wide[:, own], expand, g[:, index * rank : (index + 1) * rank], scaling, add=False)
+    parts = zip(with_adapter, b, g.split(rank, 1), strict=True)
+    narrow.reduce(run, [(wide[:, own], expand, part, scaling) for own, expand, part in parts])
     if needs[1]:
         das, dbs = grads[: len(a)], grads[len(a) :]
+        members = zip(low.split(rank, 1), with_adapter, dbs, strict=True)
+        products = [(part, wide[:, own], db.t(), scaling) for part, own, db in members if db is not None]
         if any(da is not None for da in das):
             with run.stacked_results(das, [tuple(each.shape) for each in a]) as da:
-                product(run, g.t(), _wide(run, x), da)
-        for index, (own, db) in enumerate(zip(with_adapter, dbs, strict=True)):
-            if db is not None:
-                scaled(run, wide[:, own].t(), low[:, index * rank : (index + 1) * rank], db, scaling, add=False)
+                narrow.outer(run, [(g, narrow.wide(run, x), da, 1.0), *products])
+        else:
+            narrow.outer(run, products)
     if dx is None:
         return
     dx = as_rows(dx)
@@ -169,21 +156,51 @@ def _backward(
         for own, weight in zip(columns(weights), weights, strict=True):
             product(run, dy[:, own], weight, dx, plus=plus)
             plus = dx
-    _add(run, g, run.stacked(a), dx, 1.0)
+    narrow.expand(run, [(g, run.stacked(a), dx, 1.0)])
 
 
-@PLANNED.kernel("lora_linear", label="aten mm + addmm")
-def planned_lora_linear(run: Launches, ins: tuple, outs: tuple, *, scaling: float) -> None:
+def _rule(
+    op_name: str, low: Callable[[Node], Described | None], *, end: str = "", **keywords: Any
+) -> Callable[[Bind], Bind]:
+    """Decorator: aten alone, and before it the narrow kernels where they take x or dy and `low`."""
+
+    def register(bind: Bind) -> Bind:
+        PLANNED.kernel(op_name, label=f"aten mm + {Aten.label}{end}", **keywords)(partial(bind, narrow=Aten))
+
+        def supports(node: Node) -> bool:
+            return Native.fits(node.inputs[0], low(node))
+
+        label = f"aten mm + {Native.label}{end}"
+        PLANNED.kernel(op_name, label=label, supports=supports, **keywords)(partial(bind, narrow=Native))
+        return bind
+
+    return register
+
+
+def made(node: Node) -> Described | None:
+    return node.outputs[1]
+
+
+@_rule("lora_linear", made)
+def planned_lora_linear(run: Launches, ins: tuple, outs: tuple, *, narrow: type[Narrow], scaling: float) -> None:
     x, weight, bias, a, b = ins
     base = _products(run, [weight], [] if bias is None else [bias], together=False)
-    forward(run, x, base, columns([weight]), [a], [b], outs, scaling=scaling)
+    forward(run, x, base, columns([weight]), [a], [b], outs, narrow=narrow, scaling=scaling)
 
 
-@PLANNED.kernel(
-    "lora_linear_bwd", label="aten mm + addmm", inplace=lambda node: ((0, 6),) if node.attrs["needs"][0] else ()
+@_rule(
+    "lora_linear_bwd",
+    lambda node: node.inputs[5],
+    inplace=lambda node: ((0, 6),) if node.attrs["needs"][0] else (),
 )
 def planned_lora_linear_bwd(
-    run: Launches, ins: tuple, outs: tuple, *, needs: tuple[bool, bool, bool], scaling: float
+    run: Launches,
+    ins: tuple,
+    outs: tuple,
+    *,
+    narrow: type[Narrow],
+    needs: tuple[bool, bool, bool],
+    scaling: float,
 ) -> None:
     dy, x, weight, a, b, low, acc = ins
     found = iter(outs)
@@ -192,6 +209,7 @@ def planned_lora_linear_bwd(
     _backward(
         run,
         *(dy, x, low, acc, [weight], [a], [b], made),
+        narrow=narrow,
         adapted=(True,),
         needs=(needs[0], needs[1] or needs[2]),
         scaling=scaling,
@@ -199,12 +217,13 @@ def planned_lora_linear_bwd(
     )
 
 
-@PLANNED.kernel("lora_linear_group", label=GROUP)
+@_rule("lora_linear_group", made, end=", stacked")
 def planned_lora_linear_group(
     run: Launches,
     ins: tuple,
     outs: tuple,
     *,
+    narrow: type[Narrow],
     adapted: tuple[bool, ...],
     biased: bool,
     scaling: float,
@@ -213,15 +232,21 @@ def planned_lora_linear_group(
     x, *tensors = ins
     weights, biases, a, b = group_parts(tensors, adapted, biased)
     base = _products(run, weights, biases, together)
-    forward(run, x, base, adapted_columns(weights, adapted), a, b, outs, scaling=scaling)
+    forward(run, x, base, adapted_columns(weights, adapted), a, b, outs, narrow=narrow, scaling=scaling)
 
 
-@PLANNED.kernel("lora_linear_group_bwd", label=GROUP, inplace=lambda node: ((0, 3),) if node.attrs["needs"][0] else ())
+@_rule(
+    "lora_linear_group_bwd",
+    lambda node: node.inputs[2],
+    end=", stacked",
+    inplace=lambda node: ((0, 3),) if node.attrs["needs"][0] else (),
+)
 def planned_lora_linear_group_bwd(
     run: Launches,
     ins: tuple,
     outs: tuple,
     *,
+    narrow: type[Narrow],
     adapted: tuple[bool, ...],
     needs: tuple[bool, bool],
     scaling: float,
@@ -232,6 +257,7 @@ def planned_lora_linear_group_bwd(
     _backward(
         run,
         *(dy, x, low, acc, weights, a, b, outs),
+        narrow=narrow,
         adapted=adapted,
         needs=needs,
         scaling=scaling,

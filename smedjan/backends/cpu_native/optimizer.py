@@ -19,15 +19,20 @@ LINE = 8
 """float64 numbers of a cache line: each thread sums into one of its own."""
 
 
-def _wide(node: Node) -> bool:
-    """Parameters (or their masters) and moments in float32, whole numbers of a step on the host."""
+KERNELS = {("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32")}
+"""Dtypes of a parameter (or its master) and of its moments."""
+
+
+def _plain(node: Node) -> bool:
+    """State of a dtype that kernels have, rounded to the nearest; whole numbers of a step on the host."""
     attrs = node.attrs
     if attrs["eight_bit"] or any(attrs["stochastic"]) or attrs["narrow"] not in ("", "bfloat16"):
         return False
     bucket = split_bucket(node.inputs, attrs["sites"], eight_bit=False, narrow=attrs["narrow"])
-    lists = (bucket.params, bucket.exp_avgs, bucket.exp_avg_sqs)
-    known = all(t.dtype in ("float32", "bfloat16") for t in bucket.grads)
-    return native.available() and known and all(t.dtype == "float32" for each in lists for t in each)
+    lists = zip(bucket.params, bucket.grads, bucket.exp_avgs, bucket.exp_avg_sqs, strict=True)
+    return native.available() and all(
+        (p.dtype, m.dtype) in KERNELS and m.dtype == v.dtype and g.dtype in DTYPES.values() for p, g, m, v in lists
+    )
 
 
 def numbers(lr: float, step: int, *, beta1: float, beta2: float, weight_decay: float) -> list[float]:
@@ -35,7 +40,7 @@ def numbers(lr: float, step: int, *, beta1: float, beta2: float, weight_decay: f
     return [1.0 - lr * weight_decay, lr / (1.0 - beta1**step), sqrt(1.0 - beta2**step)]
 
 
-@PLANNED.kernel("adamw_bucket", label="native adamw", supports=_wide, scalars=True)
+@PLANNED.kernel("adamw_bucket", label="native adamw", supports=_plain, scalars=True)
 def adamw_bucket(
     run: Launches,
     ins: tuple,
@@ -60,7 +65,7 @@ def adamw_bucket(
     narrows = bucket.narrows or (None,) * len(sites)
     steps = [
         step(
-            f"adamw_{DTYPES[grad.dtype]}",
+            "_".join(("adamw", *(DTYPES[t.dtype] for t in (param, grad, moments[0])))),
             (param, grad, *moments, narrowed, folded, grad_scale, norm),
             (param.numel(),),
             (1.0 - beta1, beta2, 1.0 - beta2, eps),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from smedjan.backends.cpu_native import lora, native
+from smedjan.backends.cpu_native.narrow import Aten, Narrow, Native
 from smedjan.backends.cpu_native.native.team import call, step
 from smedjan.backends.cpu_native.table import DTYPES, PLANNED
 from smedjan.backends.planned.immediate import node_of
@@ -94,20 +95,36 @@ def _linear(run: Launches, ins: tuple, outs: tuple, *, biased: bool, compiled: b
 
 
 def _lora(
-    run: Launches, ins: tuple, outs: tuple, *, adapted: tuple[bool, ...], biased: bool, scaling: float, compiled: bool
+    run: Launches,
+    ins: tuple,
+    outs: tuple,
+    *,
+    adapted: tuple[bool, ...],
+    biased: bool,
+    scaling: float,
+    compiled: bool,
+    narrow: type[Narrow],
 ) -> None:
     x, *tensors = ins
     weights, codes, scales, biases, a, b = parts(tensors, len(adapted), biased, sum(adapted))
     base = _stacked(run, codes, scales, biases, compiled)
-    lora.forward(run, x, base, lora.adapted_columns(weights, adapted), a, b, outs, scaling=scaling)
+    lora.forward(run, x, base, lora.adapted_columns(weights, adapted), a, b, outs, narrow=narrow, scaling=scaling)
 
 
-for _name, _bind in (("w8a8_linear", _linear), ("w8a8_lora_linear", _lora)):
-    PLANNED.kernel(_name, label=ATEN)(partial(_bind, compiled=False))
-    for _each in WAYS:
-        PLANNED.kernel(_name, label=f"native w8a8, {_each}", supports=partial(_has, _each))(
-            partial(_bind, compiled=True)
-        )
+def _has_narrow(way: str, node: Node) -> bool:
+    return _has(way, node) and Native.fits(node.inputs[0], lora.made(node))
+
+
+_aten_adapters, _native_adapters = (partial(_lora, narrow=each) for each in (Aten, Native))
+PLANNED.kernel("w8a8_linear", label=ATEN)(partial(_linear, compiled=False))
+PLANNED.kernel("w8a8_lora_linear", label=ATEN)(partial(_aten_adapters, compiled=False))
+for _each in WAYS:
+    _label, _supports = f"native w8a8, {_each}", partial(_has, _each)
+    for _name, _bind in (("w8a8_linear", _linear), ("w8a8_lora_linear", _aten_adapters)):
+        PLANNED.kernel(_name, label=_label, supports=_supports)(partial(_bind, compiled=True))
+    PLANNED.kernel("w8a8_lora_linear", label=f"{_label} + {Native.label}", supports=partial(_has_narrow, _each))(
+        partial(_native_adapters, compiled=True)
+    )
 
 
 def error(x: Tensor, weight: Tensor, codes: Tensor, scale: Tensor) -> float:

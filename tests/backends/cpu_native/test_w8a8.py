@@ -3,19 +3,13 @@ threads; adapters beside them; and that one coding of x serves a group."""
 
 from __future__ import annotations
 
-import ctypes
-import platform
 import random
-import shlex
 
 import pytest
 import torch
 from torch import Tensor
 
 from smedjan.backends.cpu_native import PLANNED, native, w8a8
-from smedjan.backends.cpu_native.native import team
-from smedjan.backends.cpu_native.native.build import compile_kernels, find_compiler
-from smedjan.backends.planned import immediate
 from smedjan.backends.planned.immediate import node_of, written
 from smedjan.backends.torch_reference import RULES as ATEN
 from smedjan.backends.torch_reference import w8a8 as reference
@@ -23,9 +17,8 @@ from smedjan.runtime.select import backend
 from tests.conftest import assert_bits
 from tests.tolerances import assert_close
 
-BUILDS = {"this CPU's": "", "no AVX-512": " -mno-avx512f", "no VNNI": " -mno-avx512f -mno-avxvnni", "portable": None}
 WAYS = {"no AVX-512": {"AVX-VNNI", "AVX2"}, "no VNNI": {"AVX2"}, "portable": {"plain C"}}
-"""What is added to the compiler's name; None: no intrinsics at all."""
+"""Of conftest's builds, where not all ways are open."""
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -38,34 +31,6 @@ def coded(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def rule(op: str, ins: tuple, attrs: dict):
     return PLANNED.lower(node_of(op, ins, attrs))
-
-
-@pytest.fixture(params=BUILDS)
-def build(request, monkeypatch):
-    """The kernels of one build in the place of the backend's own; scratch and results are NaN, or a code, before."""
-    flags, compiler = BUILDS[request.param], find_compiler()
-    if compiler is None:
-        pytest.skip("needs a C compiler")
-    if flags and platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip("of x86")
-    if flags:
-        monkeypatch.setenv("CC", shlex.join(compiler) + flags)
-    made = compile_kernels(("SMEDJAN_PORTABLE",) if flags is None else ())
-    if flags and made.library is None and "unrecognized" in made.detail:
-        pytest.skip(f"a compiler without {flags}")
-    assert made.library is not None, made
-    library = ctypes.CDLL(str(made.library))
-
-    def poisoned(shape, dtype, device):
-        return torch.full(shape, float("nan") if dtype.is_floating_point else 85, dtype=dtype, device=device)
-
-    monkeypatch.setattr(native, "_loaded", lambda: (library, made))
-    monkeypatch.setattr(immediate, "allocate", poisoned)
-    for each in (team._address, team._team):
-        each.cache_clear()
-    yield request.param
-    for each in (team._address, team._team):
-        each.cache_clear()
 
 
 def generated() -> list[tuple[int, int, int, bool]]:

@@ -3,9 +3,10 @@
  *   g = grad * clip;  p -= lr wd p;  m += (1 - b1)(g - m);  v = b2 v + (1 - b2) g^2
  *   p -= lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
  *
- * p, m and v float32, the gradient of either dtype; `narrow`, where there is one, gets p rounded. Numbers of the step
- * (shrink = 1 - lr wd, rate = lr / (1 - b1^t), root = sqrt(1 - b2^t)) are folded by the host in float64. Where the norm
- * is not finite, nothing changes.
+ * Each array of either dtype: float32 inside, p, m and v rounded once as they are written, and none before the others
+ * are made of it. `narrow`, where there is one, gets p rounded. Numbers of the step (shrink = 1 - lr wd,
+ * rate = lr / (1 - b1^t), root = sqrt(1 - b2^t)) are folded by the host in float64. Where the norm is not finite,
+ * nothing changes.
  */
 #include "rows.h"
 
@@ -46,10 +47,11 @@ KERNEL smedjan_norm(const step *s, int rank, int threads)
         *(float *)s->array[2] = most < 1.0f ? most : most != most ? most : 1.0f;
 }
 
-#define DEFINE_ADAMW(G)                                                                                                \
-    KERNEL smedjan_adamw_##G(const step *s, int rank, int threads)                                                     \
+#define DEFINE_ADAMW(P, G, M)                                                                                          \
+    KERNEL smedjan_adamw_##P##_##G##_##M(const step *s, int rank, int threads)                                         \
     {                                                                                                                  \
-        float *p = s->array[0], *m = s->array[2], *v = s->array[3];                                                    \
+        P##_t *p = s->array[0];                                                                                        \
+        M##_t *m = s->array[2], *v = s->array[3];                                                                      \
         const G##_t *grad = s->array[1];                                                                               \
         bf16 *narrowed = s->array[4];                                                                                  \
         const float *now = s->array[5], clip = s->array[6] ? *(const float *)s->array[6] : 1.0f;                       \
@@ -63,16 +65,20 @@ KERNEL smedjan_norm(const step *s, int rank, int threads)
         EACH_ELEMENT                                                                                                   \
         for (int64_t i = from; i < to; i++) {                                                                          \
             const float g = get_##G(grad[i]) * clip;                                                                   \
-            const float first = m[i] + one_less_b1 * (g - m[i]);                                                       \
-            const float second = b2 * v[i] + one_less_b2 * g * g;                                                      \
-            m[i] = first;                                                                                              \
-            v[i] = second;                                                                                             \
-            p[i] = p[i] * shrink - rate * (first / (sqrtf(second) / root + eps));                                      \
+            const float old = get_##M(m[i]), first = old + one_less_b1 * (g - old);                                    \
+            const float second = b2 * get_##M(v[i]) + one_less_b2 * g * g;                                             \
+            m[i] = put_##M(first);                                                                                     \
+            v[i] = put_##M(second);                                                                                    \
+            p[i] = put_##P(get_##P(p[i]) * shrink - rate * (first / (sqrtf(second) / root + eps)));                    \
         }                                                                                                              \
         if (narrowed)                                                                                                  \
             for (int64_t i = from; i < to; i++)                                                                        \
-                narrowed[i] = narrow(p[i]);                                                                            \
+                narrowed[i] = narrow(get_##P(p[i]));                                                                   \
     }
 
-DEFINE_ADAMW(float32)
-DEFINE_ADAMW(bfloat16)
+DEFINE_ADAMW(float32, float32, float32)
+DEFINE_ADAMW(float32, bfloat16, float32)
+DEFINE_ADAMW(bfloat16, float32, bfloat16)
+DEFINE_ADAMW(bfloat16, bfloat16, bfloat16)
+DEFINE_ADAMW(bfloat16, float32, float32)
+DEFINE_ADAMW(bfloat16, bfloat16, float32)

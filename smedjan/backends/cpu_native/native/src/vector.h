@@ -28,7 +28,8 @@ typedef uint32_t vu __attribute__((vector_size(64)));
 typedef uint16_t vu16 __attribute__((vector_size(32)));
 typedef int8_t vi8 __attribute__((vector_size(16)));
 
-ALWAYS vf splat(float x) { return (vf){} + x; }
+/* Not 0 + x, an addition that compilers must keep: of -0 it makes 0. */
+ALWAYS vf splat(float x) { return (vf){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 ALWAYS vf load_float32(const float *p) { vf v; memcpy(&v, p, 64); return v; }
 /* gcc 12 takes __builtin_convertvector of bytes apart element by element: x86 has its own words for it. */
 #if defined(__AVX512F__)
@@ -73,6 +74,17 @@ ALWAYS vf load_int8(const int8_t *p)
 }
 #endif
 ALWAYS void store_float32(float *p, vf v) { memcpy(p, &v, 64); }
+ALWAYS void store_bfloat16(bf16 *p, vf v) /* scalar.h: narrow */
+{
+    const vu bits = (vu)v, even = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16, is_nan = (vu)(v != v);
+    const vu made = (is_nan & (bits >> 16 | 0x40)) | (~is_nan & even);
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)made));
+#else
+    const vu16 half = __builtin_convertvector(made, vu16);
+    memcpy(p, &half, 32);
+#endif
+}
 ALWAYS vf fma16(vf a, vf b, vf c) { return a * b + c; }
 ALWAYS vf add16(vf a, vf b) { return a + b; }
 ALWAYS vf mul16(vf a, vf b) { return a * b; }
@@ -96,6 +108,11 @@ ALWAYS vf load_float32(const float *p) { vf y; EACH(p[i]); return y; }
 ALWAYS vf load_bfloat16(const bf16 *p) { vf y; EACH(widen(p[i])); return y; }
 ALWAYS vf load_int8(const int8_t *p) { vf y; EACH((float)p[i]); return y; }
 ALWAYS void store_float32(float *p, vf v) { memcpy(p, v.at, sizeof v.at); }
+ALWAYS void store_bfloat16(bf16 *p, vf v)
+{
+    for (int i = 0; i < LANES; i++)
+        p[i] = narrow(v.at[i]);
+}
 ALWAYS vf fma16(vf a, vf b, vf c) { vf y; EACH(a.at[i] * b.at[i] + c.at[i]); return y; }
 ALWAYS vf add16(vf a, vf b) { vf y; EACH(a.at[i] + b.at[i]); return y; }
 ALWAYS vf mul16(vf a, vf b) { vf y; EACH(a.at[i] * b.at[i]); return y; }
