@@ -36,6 +36,8 @@ class Backend(ABC):
     exact: bool
     rules: RuleTable
     device: str = "cpu"
+    recomputes: bool = False
+    """Whether a step gives up what it would keep for `--train.memory` alone, and not for what the device has."""
 
     @abstractmethod
     def from_raw(self, raw: RawTensor) -> Array:

@@ -15,7 +15,7 @@ that a backend decides with its own layout.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from smedjan.graph.node import INPUT, Graph, Node
@@ -60,8 +60,9 @@ class Decision:
 Peak = Callable[[Graph], int]
 
 
-def fit(graph: Graph, *, budget: int, peak: Peak) -> tuple[Graph, list[Decision]]:
-    """The graph, changed as little as the tiers above allow so that `peak(graph) <= budget`, or as far as they go."""
+def fit(graph: Graph, *, budget: int, peak: Peak, offload: bool = True) -> tuple[Graph, list[Decision]]:
+    """The graph, changed as little as the tiers above allow so that `peak(graph) <= budget`, or as far as they go:
+    without `offload`, the first two."""
     if not any(_is_backward(node) for node in graph.nodes) or peak(graph) <= budget:
         return graph, []
     step = _Step(graph)
@@ -73,11 +74,22 @@ def fit(graph: Graph, *, budget: int, peak: Peak) -> tuple[Graph, list[Decision]
     made, count = _least(len(blocks), lambda n: step.changed(cheap, blocks[:n]), budget, peak)
     if made is not None:
         return made, step.told(cheap, blocks[:count])
+    if not offload:
+        return made or step.changed(cheap, blocks), step.told(cheap, blocks)
     made, count = _least(len(blocks), lambda n: step.changed(cheap, blocks, blocks[:n]), budget, peak)
     return made or step.changed(cheap, blocks, blocks), step.told(cheap, blocks, blocks[:count])
 
 
-def tiers(graph: Graph) -> Iterator[Graph]:
+def again(graph: Graph, ops: Collection[str]) -> Graph:
+    """The graph with those cheap results of `ops` made again that it would keep."""
+    if not any(_is_backward(node) for node in graph.nodes):
+        return graph
+    step = _Step(graph)
+    chosen = [root for root in step.cheap() if root.node.op.name in ops]
+    return step.changed(chosen) if chosen else graph
+
+
+def tiers(graph: Graph, *, offload: bool = True) -> Iterator[Graph]:
     """The graph as it is, and with each tier given up as a whole on top of those before it."""
     yield graph
     if any(_is_backward(node) for node in graph.nodes):
@@ -85,6 +97,8 @@ def tiers(graph: Graph) -> Iterator[Graph]:
         cheap, blocks = step.cheap(), step.blocks()
         yield step.changed(cheap)
         yield step.changed(cheap, blocks)
+        if not offload:
+            return
         yield step.changed(cheap, blocks, blocks)
 
 

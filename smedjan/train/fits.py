@@ -96,18 +96,22 @@ def longest_row(parts: Finetune, available: int, need: Need = planned) -> int:
 def advice(parts: Finetune, available: int, need: Need = planned) -> Advice | None:
     """What costs least of what makes the run fit; None where nothing does.
 
-    In this order: smaller micro-batches, more of them, which give the same numbers; 8-bit optimizer state; a quantised
-    base; adapters in place of full fine-tuning; shorter rows. Each with as large a micro-batch as fits.
+    In this order: smaller micro-batches, more of them, which give the same numbers; kept values made twice, which
+    give the same bits; 8-bit optimizer state; a quantised base; adapters in place of full fine-tuning; shorter rows.
+    Each with as large a micro-batch as fits.
     """
-    for flags in _changes(parts.config):
+    for flags in _changes(parts, available):
         found = _largest_batch(parts, flags, available, need)
         if found is not None:
             return found
     return _shorter(parts, available, need)
 
 
-def _changes(config: FinetuneConfig) -> Iterator[Flags]:
+def _changes(parts: Finetune, available: int) -> Iterator[Flags]:
+    config = parts.config
     yield {}
+    if parts.backend.recomputes and parts.memory is None:
+        yield {"train.memory": f"{available // 1_000_000}MB"}
     if config.method == "full":
         if config.optim.state != "8bit":
             yield {"optim.state": "8bit"}

@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 
 import smedjan
+from smedjan.backends.base import Backend
 from smedjan.cli.app import run
+from smedjan.errors import BackendError
 from smedjan.optim import base
 from smedjan.train import fits
 from smedjan.train.fits import Advice, advice, longest_row, planned, warning, with_flags
@@ -188,8 +190,9 @@ def test_a_run_fits_where_its_own_rows_do(configure, backend, share):
         assert smedjan.plan(with_flags(config, {**memory, **advised})).fits
 
 
-def test_a_run_that_may_not_fit_is_warned_of_and_trains(configure):
-    said, config = [], configure(train__steps=1, train__memory="1MB", backend="cpu_native")
+def test_a_run_that_may_not_fit_is_warned_of_and_trains(configure, monkeypatch):
+    monkeypatch.setattr(Backend, "memory_available", lambda self: 1_000_000)
+    said, config = [], configure(train__steps=1, backend="cpu_native")
     made = smedjan.finetune(config, say=said.append)
     assert made.steps == 1
     (line,) = [line for line in said if "available" in line]
@@ -197,6 +200,16 @@ def test_a_run_that_may_not_fit_is_warned_of_and_trains(configure):
     assert "\n" not in line
     header = json.loads((made.run_dir / "smedjan" / "log.jsonl").read_text().splitlines()[0])["header"]
     assert header["memory"]["available_bytes"] == 1_000_000
+
+
+def test_memory_that_was_given_is_held_or_refused(configure):
+    """On cpu_native, which keeps less for it; what it cannot do is one error, with a way out."""
+    config = configure(train__steps=1, backend="cpu_native", method="full")
+    needed = smedjan.plan(replace(config, dry_run=True)).planned_bytes
+    less = with_flags(config, {"train.memory": f"{needed - 1}"})
+    assert smedjan.plan(replace(less, dry_run=True)).planned_bytes < needed
+    with pytest.raises(BackendError, match=r"a step needs .*recomputed, of 0; train fewer or shorter rows"):
+        smedjan.finetune(with_flags(config, {"train.memory": "1MB"}))
 
 
 def test_no_warning_where_it_fits_or_nobody_knows():

@@ -32,12 +32,14 @@ from smedjan.backends.cpu_native.loss import CHUNK_ROWS
 from smedjan.backends.cpu_native.native import rules as native_rules
 from smedjan.backends.cpu_native.native.memory import Chunks
 from smedjan.backends.cpu_native.table import PLANNED, RULES
+from smedjan.backends.planned import fitted
 from smedjan.backends.planned.pool import Pool
 from smedjan.backends.planned.program import PlannedProgram
 from smedjan.backends.torch_reference import LIBRARIES, TorchBackend
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.graph.node import Graph
 from smedjan.graph.program import Program
+from smedjan.graph.recompute import NORMS, again
 from smedjan.graph.rewrite import decompose
 from smedjan.passes.fuse import fuse
 from smedjan.passes.fuse_backward import fuse_backward
@@ -49,11 +51,16 @@ PRIMITIVE, PRIMITIVES = 820_000, 1024
 PRODUCTS = {torch.mm: 1, torch.addmm: 1, attention.backward: 6}
 """Calls that make primitives, and how many."""
 
+LIGHT = ("glu", "rms_norm", "layer_norm", *NORMS)
+"""Ops whose results are made again in the backward pass, however much memory there is: of a Llama they are a third of
+what a step keeps, and each is one pass over memory, the next product's operand while that is in the cache."""
+
 
 class CpuNative(TorchBackend):
     name = "cpu_native"
     exact = False
     rules = PLANNED
+    recomputes = True
 
     def __init__(self) -> None:
         self._chunks = Chunks()
@@ -76,7 +83,7 @@ class CpuNative(TorchBackend):
         return LIBRARIES + PRIMITIVE * min(sum(made.values()), PRIMITIVES)
 
     def pool(self, memory: int | None = None, reserved: int = 0) -> Pool:
-        return Pool(torch.device("cpu"), None if memory is None else memory - reserved)
+        return Pool(torch.device("cpu"), None if memory is None else max(0, memory - reserved - LIBRARIES))
 
     def w8a8_measure(self, *, field: str) -> Callable[..., float]:
         return w8a8.error
@@ -88,7 +95,16 @@ class CpuNative(TorchBackend):
         if _has_cache(graph):
             graph = decompose(graph, RULES.has)
             return native_rules.program(graph) or Program(graph, RULES)
-        return PlannedProgram(fuse_backward(graph, _has), PLANNED, pool or self.pool())
+        return fitted.program(_light(graph), PLANNED, pool or self.pool(), offload=False)
+
+    def smallest(self, graph: Graph, pool: Any = None) -> Program:
+        return fitted.smallest(_light(graph), PLANNED, pool or self.pool(), offload=False)
+
+
+def _light(graph: Graph) -> Graph:
+    """Fused once more, and what is sooner made again than kept. The host's memory is all there is: nothing is offloaded
+    from it."""
+    return again(fuse_backward(graph, _has), LIGHT)
 
 
 def _has_cache(graph: Graph) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from smedjan.backends.cuda_triton.fp8 import CAPABILITY, fp8_error
 from smedjan.backends.cuda_triton.rules import RULES
+from smedjan.backends.planned import fitted
 from smedjan.backends.planned.pool import Pool
 from smedjan.backends.planned.program import PlannedProgram
 from smedjan.backends.torch_reference import TorchBackend
@@ -20,7 +21,6 @@ from smedjan.backends.torch_reference.elementwise import DTYPES
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.errors import BackendError, ConfigError
 from smedjan.graph.node import Graph
-from smedjan.graph.recompute import fit, tiers
 from smedjan.passes.fuse import fuse
 from smedjan.passes.fuse_backward import fuse_backward
 
@@ -85,31 +85,10 @@ class CudaTriton(TorchBackend):
 
     def program(self, graph: Graph, pool: Any = None) -> PlannedProgram:
         """Fused once more, and fitted into the memory that there is."""
-        pool, graph = pool or self.pool(), fuse_backward(graph, self._has)
-        if pool.memory is None:
-            return PlannedProgram(graph, RULES, pool)
-        fitted, decisions = fit(
-            graph, budget=pool.memory, peak=lambda graph: PlannedProgram(graph, RULES, pool).peak_bytes
-        )
-        program = PlannedProgram(fitted, RULES, pool, decisions)
-        if decisions and program.peak_bytes > pool.memory:
-            raise BackendError(
-                f"a step needs {program.peak_bytes / 1e9:.3g} GB, recomputed and offloaded, of {pool.memory / 1e9:.3g}",
-                field="memory",
-                remedy="train fewer or shorter rows at a time, or by --method lora or qlora",
-            )
-        return program
+        return fitted.program(fuse_backward(graph, self._has), RULES, pool or self.pool(), offload=True)
 
     def smallest(self, graph: Graph, pool: Any = None) -> PlannedProgram:
-        pool, best = pool or self.pool(), None
-        for each in tiers(fuse_backward(graph, self._has)):
-            program = PlannedProgram(each, RULES, pool)
-            if pool.memory is None or program.peak_bytes <= pool.memory:
-                return program
-            if best is None or program.peak_bytes < best.peak_bytes:
-                best = program
-        assert best is not None
-        return best
+        return fitted.smallest(fuse_backward(graph, self._has), RULES, pool or self.pool(), offload=True)
 
     def _has(self, op: str) -> bool:
         return op in RULES.ops()
