@@ -1,4 +1,4 @@
-"""The fast backend of any CPU: aten's products and attention, compiled kernels for what lies between, planned buffers.
+"""The fast backend of any CPU: aten's products, compiled kernels for attention and all between them, planned buffers.
 
 Held to bounds against `torch_reference`; what has no rule here runs as its decomposition in aten calls. A training step
 is a fixed list of calls over memory that is planned once. Programs over caches, whose values grow, allocate theirs.
@@ -71,7 +71,7 @@ class CpuNative(TorchBackend):
 
     def library_bytes(self, program: Program, forms: Forms) -> int:
         """LIBRARIES, and oneDNN's primitives for bfloat16 until it has as many as it keeps: one for each product of
-        other shapes; of attention's backward three for whole blocks of queries and three for what is left."""
+        other shapes; of aten's attention backward three for whole blocks of queries and three for what is left."""
         rows = program.graph.inputs["loss_rows"].numel if "loss_rows" in program.graph.inputs else 0
         made: dict[Any, int] = {}
         for call in program.recorded() if isinstance(program, PlannedProgram) else ():

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from smedjan.backends.cpu_native import CpuNative
+from smedjan.backends.cpu_native import CpuNative, native
 from smedjan.graph.node import Graph
 from smedjan.graph.op import OPS
 from smedjan.ops import optimizer, quantized  # noqa: F401  (declare the ops)
@@ -93,9 +93,23 @@ def value_of(spec: Any) -> Any:
     return torch.rand(shape, dtype=getattr(torch, dtype)) + 0.5
 
 
+OF_ATEN = [name for name in CASES if name.startswith("attention")]
+"""Of which there are compiled kernels too, which allocate nothing."""
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_temporaries_are_what_torch_allocates(name):
-    op, specs, attrs = CASES[name]
+    check(*CASES[name])
+
+
+@pytest.mark.parametrize("name", OF_ATEN)
+def test_temporaries_without_a_compiler(name, monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert check(*CASES[name]) > 0
+
+
+def check(op: str, specs: list[Any], attrs: dict[str, Any]) -> int:
+    """The bytes that are declared, which must be what is allocated."""
     graph = Graph()
     inputs = [None if spec is None else graph.input(f"{at}", *spec) for at, spec in enumerate(specs)]
     OPS[op](*inputs, **attrs)
@@ -108,3 +122,4 @@ def test_temporaries_are_what_torch_allocates(name):
     allocated = most_allocated(lambda: program.again(given))
     declared = program.temporaries[node]
     assert allocated - SCALARS <= declared <= 1.2 * allocated
+    return declared
