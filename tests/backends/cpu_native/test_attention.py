@@ -120,18 +120,20 @@ def lowered(op: str, ins: tuple, attrs: dict):
 
 
 def formula(dy: Array, q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, ...]:
-    """y and the gradients of q, k and v, in the dtype of q; a query that sees no key has y = 0."""
-    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
-    times, scale = q.shape[1] // k.shape[1], q.shape[3] ** -0.5
-    scores = scale * q @ k.repeat_interleave(times, 1).transpose(2, 3)
-    scores = scores.masked_fill(~mask, float("-inf")).masked_fill(~mask.any(-1, keepdim=True), 0)
-    shares = torch.softmax(scores.float() if q.dtype == torch.bfloat16 else scores, -1).to(q.dtype)
-    y = shares.masked_fill(~mask, 0) @ v.repeat_interleave(times, 1)
-    y.backward(dy)
-    assert q.grad is not None
-    assert k.grad is not None
-    assert v.grad is not None
-    return y.detach(), q.grad, k.grad, v.grad
+    """y and the gradients of q, k and v, of the op's own operands: y and lse, rounded as they are, in their places.
+    What lies between products is float32 at least; a query that sees no key has y = 0."""
+    times, scale, dtype = q.shape[1] // k.shape[1], q.shape[3] ** -0.5, q.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    many_k, many_v = (x.repeat_interleave(times, 1) for x in (k, v))
+    scores = (scale * (q @ many_k.transpose(2, 3)).to(wide)).masked_fill(~mask, float("-inf"))
+    lse = torch.logsumexp(scores, -1, keepdim=True)
+    shares = (scores - lse).exp().masked_fill(~mask, 0)
+    y = shares.to(dtype) @ many_v
+    passed = (dy @ many_v.transpose(2, 3)).to(wide) - (dy.to(wide) * y.to(wide)).sum(-1, keepdim=True)
+    dscores = (shares * passed * scale).to(dtype)
+    of_heads = dscores.transpose(2, 3) @ q, shares.to(dtype).transpose(2, 3) @ dy
+    dk, dv = (x.to(wide).unflatten(1, (-1, times)).sum(2).to(dtype) for x in of_heads)
+    return y, dscores @ many_k, dk, dv
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
