@@ -15,6 +15,7 @@ from smedjan.cli.output import COMMON, Common, Outcome, as_json, table
 from smedjan.report.scale import duration
 from smedjan.train.config import FinetuneConfig, flags
 from smedjan.train.flags import Flag
+from smedjan.train.kept import configured
 
 if TYPE_CHECKING:
     from smedjan.train.plan import Plan
@@ -35,7 +36,7 @@ def finetune(
     typed = {name.replace("__", "."): value for name, value in given.items()}
     # Left out where it was not given, so that the file's own backend stands
     overrides = typed if common.backend == "auto" else {**typed, "backend": common.backend}
-    wanted = FinetuneConfig.from_toml(config, overrides)
+    wanted = configured(config, overrides)
     if wanted.dry_run:
         return _plan(wanted, common)
     from smedjan.train.finetune import finetune as run

@@ -19,7 +19,7 @@ from smedjan.hf.hub import Say
 from smedjan.hf.peft import WEIGHTS as ADAPTER_WEIGHTS
 from smedjan.hf.peft import write_adapter
 from smedjan.runtime.select import backend as select_backend
-from smedjan.train import adapter
+from smedjan.train import adapter, kept
 from smedjan.train.asked import asked
 from smedjan.train.config import FinetuneConfig
 from smedjan.train.eight_bits import Errors, summary
@@ -90,6 +90,8 @@ def _finetune(
     say: Say,
 ) -> Run:
     found = load_checkpoint(out) if out.exists() else None
+    if found is not None and config.resume:
+        kept.check_same(config)
     # A chat template may print the date: a resumed run sees the rows of the day on which it was started.
     parts = Finetune(config, started=None if found is None else found.state.get("started"), say=say)
     if out.exists() and not config.resume and (found is not None or any(out.iterdir())):
@@ -112,8 +114,10 @@ def _finetune(
         lock.acquire()
     group.exchange()  # none writes before all have looked at what is there
     log = RunLog(out / "smedjan" / "log.jsonl", start, on_step, speaks=group.rank == 0)
-    if found is None and group.rank == 0:
-        adapter.keep_start(out, parts.start)
+    if group.rank == 0:
+        kept.keep(config)
+        if found is None:
+            adapter.keep_start(out, parts.start)
     leg = {
         "backend": parts.backend.name,
         "from_step": start,
@@ -229,6 +233,13 @@ def _resume(parts: Finetune, trainer: Trainer, found: Checkpoint, out: Path) -> 
                 file=parts.config.data,
                 field="data",
                 remedy="bring back the file as it was, or start a new --out",
+            )
+        if key == "base_sha256" and found.state.get(key) != value:
+            raise CheckpointError(
+                f"not the weights that the run in {out} was started over (their {key} is another)",
+                file=parts.config.model,
+                field="model",
+                remedy="give the --model that it was started with, or start a new --out",
             )
         if key != "history" and found.state.get(key) != value:
             raise CheckpointError(
