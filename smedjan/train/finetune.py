@@ -27,7 +27,7 @@ from smedjan.train.evaluation import evaluate_loss
 from smedjan.train.fits import warning
 from smedjan.train.header import header
 from smedjan.train.largest import largest_program
-from smedjan.train.log import Event, RunLog
+from smedjan.train.log import Event, RunLog, now
 from smedjan.train.meter import Meter
 from smedjan.train.parts import EIGHT_BITS, Finetune
 from smedjan.train.processes import together
@@ -127,6 +127,7 @@ def _finetune(
     history = [*history, leg]
     name = ADAPTER_WEIGHTS if parts.lora is not None else "model.safetensors"
 
+    head["steps"]["again"] = log.again
     log.write({"step": start, "header": head})
     for key, found_errors in errors.items():
         log.write({"step": start, key: summary(found_errors)})
@@ -167,6 +168,7 @@ def _finetune(
                     **meter.stop(trainer.session, tokens=tokens, left=parts.steps.total - step - 1),
                     "peak_bytes": parts.backend.peak_memory(),
                     "skipped": progress.skipped,
+                    "at": now(),
                 }
             )
             if parts.eval_dataset is not None and (last or _due(config.train.eval_every, step)):

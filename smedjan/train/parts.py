@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from smedjan.train.chosen import check_method, chosen
 from smedjan.train.config import FinetuneConfig
 from smedjan.train.evaluation import PAD_TO
 from smedjan.train.largest import forms_met
-from smedjan.train.log import Event
+from smedjan.train.log import Event, now
 from smedjan.train.optimizers import optimizer
 from smedjan.train.outline import Outline
 from smedjan.train.refused import going_on
@@ -51,7 +51,7 @@ class Finetune:
 
     def __init__(self, config: FinetuneConfig, *, started: str | None = None, say: Say = lambda line: None) -> None:
         self.config, self.say = config, say
-        self.started = started or datetime.now(UTC).isoformat(timespec="seconds")
+        self.started = started or now()
         self.stored: ModelFiles = open_model(config.model)
         self.files = self.stored
         self.backend = select_backend(config.backend)

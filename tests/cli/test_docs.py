@@ -66,11 +66,15 @@ def test_quickstart(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatc
 
 STEP = {
     *("step", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "tokens_per_s", "peak_bytes", "mfu", "eta_s"),
-    "skipped",
+    *("skipped", "at"),
 }
 HEADER = {
     *("model", "trained", "lora", "rows", "steps", "optim", "seed", "backend", "device", "exact", "plan_hash"),
-    *("memory", "peak", "versions", "config_hash", "data", "started", "out"),
+    *("memory", "peak", "versions", "config_hash", "data", "started", "began", "out", "machine", "processes"),
+}
+LEG = {
+    *("machine", "system", "backend", "device", "exact", "plan_hash", "processes", "versions", "began", "ended"),
+    *("steps", "again", "first_step", "last_step", "first_loss", "last_loss"),
 }
 PLAN = {"parameters", "nodes", "flops_per_token", "planned_bytes", "ops"}
 DRY_RUN = PLAN | {"memory_available", "fits", "advice", "longest_row", "step_seconds", "batch", "fp8"}
@@ -168,6 +172,24 @@ def test_json_keys_are_frozen(
         assert (set(first), set(first["header"])) == ({"step", "header"}, HEADER)
     assert len(steps) == (2 if "--out" in words else 0)
     assert all(set(step) >= STEP for step in steps)
+
+
+def test_the_legs_of_a_run(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run history` of a run that ended, and was told to go on; its keys are frozen too."""
+    words = [*TRAIN, "--backend", "torch_reference", "--out", "legs"]
+    run(words, folder, capsys, monkeypatch)
+    run(["finetune", "--resume", "--out", "legs", "--backend", "cpu_native"], folder, capsys, monkeypatch)
+    found = json.loads(run(["run", "history", "legs", "--json"], folder, capsys, monkeypatch))
+    assert {"run_dir", "steps", "total_steps", "legs"} <= set(found)
+    assert (found["command"], found["backend"], found["steps"], found["total_steps"]) == ("run history", None, 2, 2)
+    first, second = found["legs"]
+    assert set(first) == set(second) == LEG
+    assert (first["backend"], first["first_step"], first["last_step"]) == ("torch_reference", 1, 2)
+    assert (second["backend"], second["steps"], second["ended"]) == ("cpu_native", 0, None)
+    assert first["began"] <= first["ended"] <= second["began"]
+    shown = run(["run", "history", "legs"], folder, capsys, monkeypatch).splitlines()
+    assert shown[0] == "legs: 2 of 2 steps in 2 legs"
+    assert shown[2].startswith("1-2")
 
 
 def test_launches_of_a_name_in_both_programs_are_added(

@@ -17,6 +17,7 @@ from smedjan.cli import app
 from smedjan.errors import BackendError, CheckpointError, ConfigError
 from smedjan.hf import new_tokens
 from smedjan.optim import base
+from smedjan.report.history import history
 from smedjan.train import adapter, kept
 from smedjan.train.config import FinetuneConfig
 from smedjan.train.parts import Finetune
@@ -152,6 +153,10 @@ def test_the_directory_and_a_backend_are_enough(stopped, capsys):
     assert [leg["backend"] for leg in load_checkpoint(config.out).state["history"]] == ["cpu_native", "mlx_metal"]
     went = FinetuneConfig.from_toml(None, {"out": str(config.out)}, kept=kept.file_of(config.out))
     assert (went.backend, went.decided()) == ("mlx_metal", config.decided())
+    first, second = history(config.out).legs
+    assert (first.backend, first.first_step, first.last_step) == ("cpu_native", 1, 2)
+    assert (second.backend, second.first_step, second.last_step, second.again) == ("mlx_metal", 3, 3, 1)
+    assert second.first_loss == step["loss"]
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(configure, capsys):
