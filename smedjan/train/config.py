@@ -20,7 +20,6 @@ from typing import Any, ClassVar, Literal
 
 from smedjan.data.files import OnBroken
 from smedjan.errors import ConfigError, nearest
-from smedjan.models.config import read_json_object
 from smedjan.train.flags import Flag, Section, flags_of, listed, read
 from smedjan.train.optimizers import RATES, defaults
 
@@ -377,6 +376,8 @@ class FinetuneConfig(Section):
         """
         layers: list[tuple[Path | None, dict[str, object]]] = []
         if kept is not None:
+            from smedjan.models.config import read_json_object
+
             layers.append((kept, named(read_json_object(kept), file=kept)))
         if path is not None:
             layers.append((Path(path), named(read_toml(Path(path)), file=Path(path))))
