@@ -32,6 +32,7 @@ from smedjan.train.meter import Meter
 from smedjan.train.parts import EIGHT_BITS, Finetune
 from smedjan.train.processes import together
 from smedjan.train.progress import Progress
+from smedjan.train.refused import going_on
 from smedjan.train.samples import Samples
 from smedjan.train.step import Trainer
 from smedjan.train.track import tracked
@@ -74,7 +75,9 @@ def finetune(
     Of several processes (`together`) each makes its micro-batches' gradients; the first logs, saves and speaks.
     """
     assert config.out is not None, "a dry run is `plan`"
-    with together(select_backend(config.backend)) as group:
+    with going_on(config.resume):
+        backend = select_backend(config.backend)
+    with together(backend) as group:
         if group.rank != 0:
             return _finetune(config, config.out, group, None, None, lambda line: None)
         with RunLock(config.out) as lock, tracked(config.train.track, config.out, on_step) as listener:

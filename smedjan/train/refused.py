@@ -38,10 +38,14 @@ def update_program(session: Session, optimizer: Optimizer, shapes: Parameters) -
 
 @contextmanager
 def going_on(resume: bool) -> Iterator[None]:
-    """A flag is part of a run that was started with it: no remedy to `resume` without it would be one."""
+    """A flag is part of a run that was started with it: no remedy to `resume` without it would be one. The backend is
+    not: it may be that of the machine which the run has left."""
     try:
         yield
     except (BackendError, ConfigError) as error:
+        if resume and error.field == "backend":
+            elsewhere = f"{error.remedy}, or go on with another --backend"
+            raise type(error)(error.message, file=error.file, field=error.field, remedy=elsewhere) from error
         if not resume or not (error.remedy or "").endswith(LEAVE_OUT):
             raise
         remedy = (error.remedy or "").removesuffix(LEAVE_OUT).replace("give ", "go on with ", 1)

@@ -18,6 +18,7 @@ from smedjan.errors import BackendError, CheckpointError, ConfigError
 from smedjan.hf import new_tokens
 from smedjan.optim import base
 from smedjan.report.history import history
+from smedjan.runtime import select
 from smedjan.train import adapter, kept
 from smedjan.train.config import FinetuneConfig
 from smedjan.train.parts import Finetune
@@ -128,7 +129,7 @@ def test_every_backend_takes_over_every_kind_of_run(stopped, kind):
 )
 def test_what_cannot_go_on_is_one_line(stopped, configure, monkeypatch, capsys, flags, field, remedy):
     """By the command: exit code 2, the flag that asked for it, and no remedy that the run would refuse."""
-    table = smedjan.runtime.select.backend("mlx_metal").rules
+    table = select.backend("mlx_metal").rules
     for op in ("quantize_blocks", "dequantize_blocks", "stochastic_round"):
         monkeypatch.delitem(table._rules, op, raising=False)  # whether it has them is told elsewhere
     config = stopped(**flags)
@@ -157,6 +158,17 @@ def test_the_directory_and_a_backend_are_enough(stopped, capsys):
     assert (first.backend, first.first_step, first.last_step) == ("cpu_native", 1, 2)
     assert (second.backend, second.first_step, second.last_step, second.again) == ("mlx_metal", 3, 3, 1)
     assert second.first_loss == step["loss"]
+
+
+def test_the_backend_of_the_machine_that_it_left(stopped, monkeypatch, capsys):
+    config = stopped("mlx_metal")
+    monkeypatch.setattr(select, "_made", {})
+    monkeypatch.setattr(select, "find_spec", lambda package: None)
+    capsys.readouterr()
+    assert app.run(["finetune", "--resume", "--out", str(config.out)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("smedjan: backend: mlx_metal needs the package mlx; pip install")
+    assert said.endswith(", or go on with another --backend\n")
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(configure, capsys):
