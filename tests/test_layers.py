@@ -44,6 +44,19 @@ def test_importing_is_light(code: str) -> None:
     assert loaded_by(code) == []
 
 
+def test_help_imports_nothing_that_computes_or_reads() -> None:
+    """What `bench/startup.py` holds to 0.3 s, told by what is imported, since a machine that tests may be busy."""
+    code = "import sys; from smedjan.cli.app import run; run(['--help'])"
+    ask = f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    names = json.loads(done.stdout.splitlines()[-1])
+    roots = {name.partition(".")[0] for name in names}
+    others = {"numpy", "pyarrow", "jinja2", "huggingface_hub", "tokenizers", "safetensors", "gguf", "pydantic"}
+    assert roots.isdisjoint({*HEAVY, *others})
+    ours = {name.split(".")[1] for name in names if name.startswith("smedjan.")}
+    assert ours <= {"cli", "train", "checkpoint", "data", "report", "errors"}
+
+
 def test_the_check_sees_what_is_loaded() -> None:
     assert "torch" in loaded_by("import smedjan.backends.torch_reference")
 

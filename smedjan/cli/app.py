@@ -25,6 +25,7 @@ from smedjan.cli.merge import merge
 from smedjan.cli.output import Outcome, envelope
 from smedjan.cli.parity import parity
 from smedjan.cli.report import report
+from smedjan.cli.run_history import history
 from smedjan.cli.run_save import save
 from smedjan.errors import ConfigError, Elsewhere, SmedjanError, nearest
 from smedjan.train.processes import first
@@ -41,6 +42,7 @@ VERBS: dict[str, Callable[..., Outcome]] = {
     "eval": evaluate,
     "data inspect": inspect,
     "run save": save,
+    "run history": history,
     "info": info,
     "graph": graph,
     "report": report,
@@ -57,7 +59,7 @@ app = App(
 )
 GROUPS = {
     "data": App(name="data", help="Look at rows before they are trained on.", help_format="plaintext"),
-    "run": App(name="run", help="Ask something of a run that is running.", help_format="plaintext"),
+    "run": App(name="run", help="Ask something of a run.", help_format="plaintext"),
 }
 for _group in GROUPS.values():
     app.command(_group)

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+
+from smedjan.cli import mlx_wheels
+from smedjan.cli.mlx_wheels import Machine
+from smedjan.runtime.select import automatic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,23 +90,32 @@ Report = dict[str, object]
 Probe = Callable[[str], tuple[Report | None, str]]
 
 
-def diagnose() -> list[BackendStatus]:
-    """One status a backend. Takes some seconds: torch and mlx are imported once each, in another process."""
-    return diagnose_with(ask_interpreter)
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """One status a backend, and that of `auto`: which of them runs where no --backend is given, and why."""
+
+    backends: list[BackendStatus]
+    auto: BackendStatus
 
 
-def diagnose_with(probe: Probe) -> list[BackendStatus]:
-    """`diagnose`, with the way to run a probe given."""
+def diagnose() -> Diagnosis:
+    """Takes some seconds: torch and mlx are imported once each, in another process."""
+    return diagnose_with(ask_interpreter, mlx_wheels.this_machine())
+
+
+def diagnose_with(probe: Probe, machine: Machine) -> Diagnosis:
+    """`diagnose`, with the way to run a probe and the machine given."""
     problem = _problem(TORCH)
     torch, failure = (None, "") if problem else probe(_TORCH_PROBE)
     if torch is None and problem is None:
         problem = (f"torch does not import: {failure}", f"reinstall it: {TORCH.install} --force-reinstall")
-    return [
+    found = [
         _torch_reference(problem),
         _cpu_native(problem, probe),
-        _cuda_triton(problem, torch or {}),
-        _mlx_metal(probe),
+        _cuda_triton(problem, torch or {}, machine),
+        _mlx_metal(probe, machine),
     ]
+    return Diagnosis(backends=found, auto=_auto(found, machine, torch or {}))
 
 
 def ask_interpreter(code: str) -> tuple[Report | None, str]:
@@ -172,10 +184,10 @@ def _native(probe: Probe) -> tuple[str, str | None]:
     return f"no compiled kernels: {made['reason']}", " ".join(remedy.split())
 
 
-def _cuda_triton(problem: tuple[str, str] | None, torch: Report) -> BackendStatus:
+def _cuda_triton(problem: tuple[str, str] | None, torch: Report, machine: Machine) -> BackendStatus:
     name = "cuda_triton"
-    if sys.platform != "linux":
-        reason = f"Triton runs on Linux, this is {platform.system()}"
+    if machine.system != "Linux":
+        reason = f"Triton runs on Linux, this is {machine.system}"
         return BackendStatus(name=name, usable=False, reason=reason, remedy="use another backend here")
     problem = problem or _problem(TRITON)
     if problem:
@@ -210,8 +222,10 @@ def _cuda_triton(problem: tuple[str, str] | None, torch: Report) -> BackendStatu
     )
 
 
-def _mlx_metal(probe: Probe) -> BackendStatus:
+def _mlx_metal(probe: Probe, machine: Machine) -> BackendStatus:
     name = "mlx_metal"
+    no_wheel = mlx_wheels.problem(machine, MLX.install)
+    # What is there was built for this machine, perhaps from source: it is asked, and no list of wheels
     problem = _problem(MLX)
     if problem is None:
         mlx, failure = probe(_MLX_PROBE)
@@ -219,7 +233,19 @@ def _mlx_metal(probe: Probe) -> BackendStatus:
             build = "Metal" if mlx["metal"] else "the CPU build, about 3 GFLOP/s: for tiny models"
             return BackendStatus(name=name, usable=True, reason=f"mlx {installed('mlx')}, {build}", remedy=None)
         problem = (f"mlx does not import: {failure}", MLX.install)
-    return BackendStatus(name=name, usable=False, reason=problem[0], remedy=problem[1])
+    reason, remedy = problem
+    if no_wheel is not None:
+        reason, remedy = f"{reason}; {no_wheel[0]}", no_wheel[1]
+    return BackendStatus(name=name, usable=False, reason=reason, remedy=remedy)
+
+
+def _auto(found: Sequence[BackendStatus], machine: Machine, torch: Report) -> BackendStatus:
+    """By what `runtime.select` looks at, so that it is also said where that would pick a backend which is broken."""
+    here = {package: find_spec(package) is not None for package in ("mlx", "triton")}
+    name, why = automatic(mlx=machine.system == "Darwin" and here["mlx"], gpu=here["triton"] and bool(torch.get("gpu")))
+    status = next(status for status in found if status.name == name)
+    reason = why if status.usable else f"{why}, but {status.reason}"
+    return BackendStatus(name=name, usable=status.usable, reason=reason, remedy=status.remedy)
 
 
 def _cores() -> int:

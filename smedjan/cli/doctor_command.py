@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-from smedjan.cli.doctor import diagnose
 from smedjan.cli.output import COMMON, Common, Outcome
 from smedjan.errors import BackendError, nearest
+
+if TYPE_CHECKING:
+    from smedjan.cli.doctor import BackendStatus
 
 
 def doctor(*, common: Common = COMMON) -> Outcome:
@@ -14,6 +17,7 @@ def doctor(*, common: Common = COMMON) -> Outcome:
 
     Example: smedjan doctor
     """
+    from smedjan.cli.doctor import diagnose
     from smedjan.runtime.select import NEEDS
 
     if common.backend not in ("auto", *NEEDS):
@@ -23,11 +27,21 @@ def doctor(*, common: Common = COMMON) -> Outcome:
             field="backend",
             remedy=f"did you mean {close}?" if close else f"choose one of {', '.join(NEEDS)}",
         )
-    found = [status for status in diagnose() if common.backend in ("auto", status.name)]
+    made = diagnose()
+    found = [status for status in made.backends if common.backend in ("auto", status.name)]
     width = max(len(status.name) for status in found)
     lines = []
     for status in found:
         lines.append(f"{status.name.ljust(width)}  {'yes' if status.usable else 'no '}  {status.reason}")
         if status.remedy:
             lines.append(f"{' ' * width}       {status.remedy}")
-    return Outcome(fields={"backends": [asdict(status) for status in found]}, text="\n".join(lines))
+    auto = made.auto
+    if common.backend == "auto":
+        lines.append(f"without --backend {auto.name} runs: {auto.reason}" if auto.usable else _nothing(auto))
+    return Outcome(
+        fields={"backends": [asdict(status) for status in found], "auto": asdict(auto)}, text="\n".join(lines)
+    )
+
+
+def _nothing(auto: BackendStatus) -> str:
+    return f"without --backend {auto.name} would run, and cannot: {auto.reason}; {auto.remedy}"

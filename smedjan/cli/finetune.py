@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,8 +15,10 @@ from smedjan.cli.output import COMMON, Common, Outcome, as_json, table
 from smedjan.report.scale import duration
 from smedjan.train.config import FinetuneConfig, flags
 from smedjan.train.flags import Flag
+from smedjan.train.kept import configured
 
 if TYPE_CHECKING:
+    from smedjan.train.macs import Mac
     from smedjan.train.plan import Plan
 
 Event = dict[str, Any]
@@ -35,7 +37,7 @@ def finetune(
     typed = {name.replace("__", "."): value for name, value in given.items()}
     # Left out where it was not given, so that the file's own backend stands
     overrides = typed if common.backend == "auto" else {**typed, "backend": common.backend}
-    wanted = FinetuneConfig.from_toml(config, overrides)
+    wanted = configured(config, overrides)
     if wanted.dry_run:
         return _plan(wanted, common)
     from smedjan.train.finetune import finetune as run
@@ -86,6 +88,8 @@ def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "memory", memory + {True: ": fits", False: ": does not fit", None: ""}[plan.fits]
     if plan.fits is False:
         yield "would fit", plan.advice or "nothing that these flags can change"
+    if plan.macs:
+        yield "Macs", _macs(plan.macs)
     if plan.longest_row is not None:
         longest = f"rows of up to {plan.longest_row:,} tokens fit" if plan.longest_row else "no row fits"
         yield "longest", longest
@@ -93,6 +97,15 @@ def _lines(plan: Plan) -> Iterator[tuple[str, str]]:
         tokens = batch["rows"] * batch["tokens"] * batch["grad_accum"] / plan.step_seconds
         whole = duration(plan.step_seconds * plan.steps)
         yield "time", f"{plan.step_seconds:.3g} s a step ({tokens:,.0f} tokens/s), at most {whole} in all"
+
+
+def _macs(found: Sequence[Mac]) -> str:
+    holding, small = ([f"{mac.gigabytes}" for mac in found if mac.fits is fits] for fits in (True, False))
+    if not small:
+        return f"fits into one of {holding[0]} GB or more"
+    largest = next(mac for mac in reversed(found) if not mac.fits)
+    says = f"not into one of {small[-1]} GB, whose GPU has {format_size(largest.working_set_bytes)}"
+    return f"fits into one of {holding[0]} GB or more, {says}" if holding else says
 
 
 def _counted(rows: Mapping[str, int]) -> str:

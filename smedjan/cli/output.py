@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from smedjan.cli.doctor import installed
 from smedjan.errors import ConfigError
 
 SCHEMA = 1
@@ -72,6 +71,8 @@ class Outcome:
 
 def envelope(command: str, ok: bool, fields: Mapping[str, Any], error: Mapping[str, Any] | None = None) -> str:
     """One line of JSON. Keys of the envelope that the command knows (`backend`, ...) come from `fields`."""
+    from smedjan.cli.doctor import installed
+
     made: dict[str, Any] = {
         "schema": SCHEMA,
         "command": command,

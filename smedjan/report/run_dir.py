@@ -51,7 +51,7 @@ def from_run(run_dir: str | PathLike[str], *, live: bool = False) -> RunReport:
     may be writing its last line."""
     run = Path(run_dir)
     folder = run / "smedjan"
-    rows = list(_lines(folder / "log.jsonl"))
+    rows = list(log_rows(folder / "log.jsonl"))
     cut = None in rows
     logged = [row for row in rows if row is not None]
     steps, evals, words = _log(logged)
@@ -131,8 +131,8 @@ def _number(row: Fields, key: str) -> float:
     return nan if found is None else found
 
 
-def _lines(path: Path) -> Iterator[Fields | None]:
-    """The log's rows; None for a last line that a killed process left unfinished."""
+def log_rows(path: Path) -> Iterator[Fields | None]:
+    """The log's rows, in order; None for a last line that a killed process left unfinished."""
     try:
         file = open(path, encoding="utf-8", errors="replace")  # noqa: SIM115  closed below, opened here for its error
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -40,14 +40,21 @@ def backend(name: str = "auto") -> Backend:
     return _made[chosen]
 
 
+def automatic(*, mlx: bool, gpu: bool) -> tuple[str, str]:
+    """(backend, why) of a machine: `mlx` is installed on a Mac, or triton is and torch sees an NVIDIA `gpu`."""
+    if mlx:
+        return "mlx_metal", "MLX is installed on this Mac"
+    if gpu:
+        return "cuda_triton", "torch sees an NVIDIA GPU, and triton is installed"
+    return "cpu_native", "there is no NVIDIA GPU with triton, and no Mac with MLX"
+
+
 def _automatic() -> str:
-    """MLX on Apple Silicon, Triton where torch sees an NVIDIA GPU, else the fast CPU backend."""
     import platform
 
-    if platform.system() == "Darwin" and find_spec("mlx") is not None:
-        return "mlx_metal"
-    if find_spec("triton") is not None and find_spec("torch") is not None:
+    mlx = platform.system() == "Darwin" and find_spec("mlx") is not None
+    gpu = False
+    if not mlx and find_spec("triton") is not None and find_spec("torch") is not None:
         import_module("smedjan.backends.torch_reference")
-        if import_module("torch").cuda.is_available():
-            return "cuda_triton"
-    return "cpu_native"
+        gpu = import_module("torch").cuda.is_available()
+    return automatic(mlx=mlx, gpu=gpu)[0]

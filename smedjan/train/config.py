@@ -362,20 +362,34 @@ class FinetuneConfig(Section):
 
     @classmethod
     def from_toml(
-        cls, path: str | PathLike[str] | None, overrides: Mapping[str, object] | None = None
+        cls,
+        path: str | PathLike[str] | None,
+        overrides: Mapping[str, object] | None = None,
+        *,
+        kept: Path | None = None,
     ) -> FinetuneConfig:
-        """The config of a TOML file (None: of flags alone), and flags over it.
+        """The config of a TOML file (None: of flags alone), and flags over it; both over the flags `kept` of a run.
 
         `overrides` maps dotted names ("optim.lr") to values, as typed or already converted; None is a flag that was not
-        given. Dashes and underscores are the same in both. A flag `train.steps` replaces `epochs` of the file too, and
-        the other way round. Raises ConfigError for a key that is unknown, there twice, missing or out of range.
+        given. Dashes and underscores are the same in both. A flag `train.steps` replaces `epochs` of what is below too,
+        and the other way round. Raises ConfigError for a key that is unknown, there twice, missing or out of range.
         """
-        in_file = {} if path is None else _named(_read_toml(Path(path)), file=Path(path))
-        given = _named(overrides or {}, file=None)
-        for flag, other in (("train.steps", "train.epochs"), ("train.epochs", "train.steps")):
-            if flag in given:
-                in_file.pop(other, None)
-        values: dict[str, Any] = in_file | given
+        layers: list[tuple[Path | None, dict[str, object]]] = []
+        if kept is not None:
+            from smedjan.models.config import read_json_object
+
+            layers.append((kept, named(read_json_object(kept), file=kept)))
+        if path is not None:
+            layers.append((Path(path), named(read_toml(Path(path)), file=Path(path))))
+        layers.append((None, named(overrides or {}, file=None)))
+        values: dict[str, Any] = {}
+        source: dict[str | None, Path | None] = {}
+        for file, found in layers:
+            for flag, other in (("train.steps", "train.epochs"), ("train.epochs", "train.steps")):
+                if flag in found:
+                    values.pop(other, None)
+            values |= found
+            source |= dict.fromkeys(found, file)
         try:
             for name in ("model", "data"):
                 if name not in values:
@@ -387,17 +401,19 @@ class FinetuneConfig(Section):
             }
             return cls(**top, **sections)
         except ConfigError as error:
-            if error.field in given or error.field not in in_file:
+            if source.get(error.field) is None:
                 raise
-            raise ConfigError(error.message, file=path, field=error.field, remedy=error.remedy) from error
+            raise ConfigError(
+                error.message, file=source[error.field], field=error.field, remedy=error.remedy
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         """Nested, as JSON can say it; `from_toml(None, config.to_dict())` is the same config."""
         return _jsonable(asdict(self))
 
-    def config_hash(self) -> str:
-        """sha256 of what decides the numbers: on the same weights, rows and backend, two runs of one hash make the same
-        weights. Paths, the backend, and when to save, evaluate and resume are not in it: a run may go on elsewhere."""
+    def decided(self) -> dict[str, Any]:
+        """What decides the numbers, of `to_dict`. Paths, the backend, and when to save, evaluate and resume are not in
+        it: a run may go on elsewhere."""
         decided = self.to_dict()
         for name in ("model", "data", "eval_data", "out", "resume", "dry_run", "backend"):
             del decided[name]
@@ -408,7 +424,11 @@ class FinetuneConfig(Section):
         del decided["optim"]["max_skipped"]
         if self.method == "full":
             del decided["lora"]
-        return sha256(json.dumps(decided, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return decided
+
+    def config_hash(self) -> str:
+        """sha256 of `decided`: on the same weights, rows and backend, two runs of one hash make the same weights."""
+        return sha256(json.dumps(self.decided(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 _SECTIONS: dict[str, type[Any]] = {"train": TrainConfig, "optim": OptimConfig, "lora": LoraConfig}
@@ -416,13 +436,13 @@ _SECTIONS: dict[str, type[Any]] = {"train": TrainConfig, "optim": OptimConfig, "
 
 def flags() -> dict[str, Flag]:
     """Every flag by its dotted name as it is typed ("train.batch-size")."""
-    named = dict(flags_of(FinetuneConfig))
+    found = dict(flags_of(FinetuneConfig))
     for name, section in _SECTIONS.items():
-        named |= {f"{name}.{key}": flag for key, flag in flags_of(section).items()}
-    return {key.replace("_", "-"): flag for key, flag in named.items()}
+        found |= {f"{name}.{key}": flag for key, flag in flags_of(section).items()}
+    return {key.replace("_", "-"): flag for key, flag in found.items()}
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -431,17 +451,17 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"is not TOML: {error}", file=path, remedy="repair that line") from error
 
 
-def _named(tables: Mapping[str, object], *, file: Path | None, prefix: str = "") -> dict[str, object]:
+def named(tables: Mapping[str, object], *, file: Path | None, prefix: str = "") -> dict[str, object]:
     """Dotted snake_case names to values, without None; a table is the same as dotted keys. Refuses what is unknown or
     there twice."""
     known = [name.replace("-", "_") for name in flags()]
-    named: dict[str, object] = {}
+    made: dict[str, object] = {}
     for key, value in tables.items():
         name = f"{prefix}{key}".replace("-", "_")
         if name in known:
             found = {} if value is None else {name: value}
         elif name in _SECTIONS and isinstance(value, Mapping):
-            found = _named(value, file=file, prefix=f"{name}.")
+            found = named(value, file=file, prefix=f"{name}.")
         elif name in _SECTIONS:
             raise ConfigError("is a table, not a value", file=file, field=name, remedy=f"give --{name}.KEY")
         else:
@@ -450,10 +470,10 @@ def _named(tables: Mapping[str, object], *, file: Path | None, prefix: str = "")
             close = elsewhere[0] if elsewhere else nearest(name, known)
             remedy = f"did you mean {close.replace('_', '-')}?" if close else "see smedjan finetune --help"
             raise ConfigError("is no key of a run", file=file, field=f"{prefix}{key}", remedy=remedy)
-        if twice := named.keys() & found.keys():
+        if twice := made.keys() & found.keys():
             raise ConfigError("is there twice", file=file, field=min(twice), remedy="keep one")
-        named |= found
-    return named
+        made |= found
+    return made
 
 
 def _jsonable(value: Any) -> Any:

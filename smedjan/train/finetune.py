@@ -19,7 +19,7 @@ from smedjan.hf.hub import Say
 from smedjan.hf.peft import WEIGHTS as ADAPTER_WEIGHTS
 from smedjan.hf.peft import write_adapter
 from smedjan.runtime.select import backend as select_backend
-from smedjan.train import adapter
+from smedjan.train import adapter, kept
 from smedjan.train.asked import asked
 from smedjan.train.config import FinetuneConfig
 from smedjan.train.eight_bits import Errors, summary
@@ -27,11 +27,12 @@ from smedjan.train.evaluation import evaluate_loss
 from smedjan.train.fits import warning
 from smedjan.train.header import header
 from smedjan.train.largest import largest_program
-from smedjan.train.log import Event, RunLog
+from smedjan.train.log import Event, RunLog, now
 from smedjan.train.meter import Meter
 from smedjan.train.parts import EIGHT_BITS, Finetune
 from smedjan.train.processes import together
 from smedjan.train.progress import Progress
+from smedjan.train.refused import going_on
 from smedjan.train.samples import Samples
 from smedjan.train.step import Trainer
 from smedjan.train.track import tracked
@@ -74,7 +75,9 @@ def finetune(
     Of several processes (`together`) each makes its micro-batches' gradients; the first logs, saves and speaks.
     """
     assert config.out is not None, "a dry run is `plan`"
-    with together(select_backend(config.backend)) as group:
+    with going_on(config.resume):
+        backend = select_backend(config.backend)
+    with together(backend) as group:
         if group.rank != 0:
             return _finetune(config, config.out, group, None, None, lambda line: None)
         with RunLock(config.out) as lock, tracked(config.train.track, config.out, on_step) as listener:
@@ -90,6 +93,8 @@ def _finetune(
     say: Say,
 ) -> Run:
     found = load_checkpoint(out) if out.exists() else None
+    if found is not None and config.resume:
+        kept.check_same(config)
     # A chat template may print the date: a resumed run sees the rows of the day on which it was started.
     parts = Finetune(config, started=None if found is None else found.state.get("started"), say=say)
     if out.exists() and not config.resume and (found is not None or any(out.iterdir())):
@@ -112,8 +117,10 @@ def _finetune(
         lock.acquire()
     group.exchange()  # none writes before all have looked at what is there
     log = RunLog(out / "smedjan" / "log.jsonl", start, on_step, speaks=group.rank == 0)
-    if found is None and group.rank == 0:
-        adapter.keep_start(out, parts.start)
+    if group.rank == 0:
+        kept.keep(config)
+        if found is None:
+            adapter.keep_start(out, parts.start)
     leg = {
         "backend": parts.backend.name,
         "from_step": start,
@@ -123,6 +130,7 @@ def _finetune(
     history = [*history, leg]
     name = ADAPTER_WEIGHTS if parts.lora is not None else "model.safetensors"
 
+    head["steps"]["again"] = log.again
     log.write({"step": start, "header": head})
     for key, found_errors in errors.items():
         log.write({"step": start, key: summary(found_errors)})
@@ -163,6 +171,7 @@ def _finetune(
                     **meter.stop(trainer.session, tokens=tokens, left=parts.steps.total - step - 1),
                     "peak_bytes": parts.backend.peak_memory(),
                     "skipped": progress.skipped,
+                    "at": now(),
                 }
             )
             if parts.eval_dataset is not None and (last or _due(config.train.eval_every, step)):
@@ -229,6 +238,13 @@ def _resume(parts: Finetune, trainer: Trainer, found: Checkpoint, out: Path) -> 
                 file=parts.config.data,
                 field="data",
                 remedy="bring back the file as it was, or start a new --out",
+            )
+        if key == "base_sha256" and found.state.get(key) != value:
+            raise CheckpointError(
+                f"not the weights that the run in {out} was started over (their {key} is another)",
+                file=parts.config.model,
+                field="model",
+                remedy="give the --model that it was started with, or start a new --out",
             )
         if key != "history" and found.state.get(key) != value:
             raise CheckpointError(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from smedjan.checkpoint.raw import specs_of
 from smedjan.runtime.session import bucket_rows
 from smedjan.train.largest import largest_program
+from smedjan.train.log import now
 from smedjan.train.meter import Meter
 from smedjan.train.outline import planned_bytes
 from smedjan.train.step import Trainer
@@ -67,6 +68,8 @@ def header(parts: Finetune, trainer: Trainer, meter: Meter, start: int) -> Heade
         "device": parts.backend.device,
         "exact": parts.backend.exact,
         "plan_hash": program.plan_hash,
+        "machine": machine(),
+        "processes": trainer.group.world,
         "memory": {
             "planned_bytes": max(planned_bytes(trainer, program, forms=parts.forms) for program in largest),
             "baseline_bytes": meter.baseline_bytes,
@@ -77,8 +80,15 @@ def header(parts: Finetune, trainer: Trainer, meter: Meter, start: int) -> Heade
         "config_hash": config.config_hash(),
         "data": str(config.data),
         "started": parts.started,
+        "began": now(),
         "out": str(config.out),
     }
+
+
+def machine() -> dict[str, str]:
+    """As `smedjan run history` names it: the host's own name, without the domain that it is in."""
+    name = platform.node().partition(".")[0] or "unknown"
+    return {"name": name, "system": f"{platform.system()} {platform.machine()}"}
 
 
 def lines(header: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

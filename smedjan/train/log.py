@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,18 @@ from smedjan.checkpoint.atomic import write_atomic, write_errors
 Event = dict[str, Any]
 
 
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 class RunLog:
-    """Appends; lines past the step resumed from are dropped first. Of several processes one `speaks`."""
+    """Appends; lines past the step resumed from are dropped first, `again` of them steps. Of several processes one
+    `speaks`."""
 
     def __init__(self, path: Path, start: int, on_step: Callable[[Event], None] | None, *, speaks: bool = True) -> None:
         self.path, self.on_step, self.speaks = path, on_step, speaks
+        self.again = 0
         if not speaks:
             return
         with write_errors(path):
@@ -31,6 +39,8 @@ class RunLog:
                     continue
                 if event.get("step", 0) <= start:
                     kept.append(line)
+                elif "loss" in event:
+                    self.again += 1
         write_atomic(path, "".join(f"{line}\n" for line in kept).encode())
 
     def write(self, event: Event) -> None:

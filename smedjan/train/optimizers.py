@@ -13,14 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from smedjan.errors import ConfigError
-from smedjan.optim.adafactor import Adafactor
-from smedjan.optim.adamw import AdamW
-from smedjan.optim.base import Optimizer, named
-from smedjan.optim.lion import Lion
-from smedjan.optim.muon import Muon
-from smedjan.optim.sophia import Sophia
 
 if TYPE_CHECKING:
+    from smedjan.optim.base import Optimizer
     from smedjan.train.config import OptimConfig
 
 RATES: Mapping[str, float] = {"adamw": 1.0, "muon": 1.0, "lion": 0.1, "adafactor": 1.0, "sophia": 0.3}
@@ -52,6 +47,14 @@ def defaults(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 def optimizer(optim: OptimConfig, lr: float, names: Sequence[str], *, apart: tuple[str, ...], ema: float) -> Optimizer:
     """The optimizer of a run of peak rate `lr` over the parameters `names`; `apart` are modules that are no hidden
     layers."""
+    # Every command reads this file's defaults; none but a run needs their graphs, which take a tenth of its start
+    from smedjan.optim.adafactor import Adafactor
+    from smedjan.optim.adamw import AdamW
+    from smedjan.optim.base import named
+    from smedjan.optim.lion import Lion
+    from smedjan.optim.muon import Muon
+    from smedjan.optim.sophia import Sophia
+
     for part, _ in optim.rates:
         if not any(named(name, part) for name in names):
             raise ConfigError(

@@ -11,6 +11,7 @@ from smedjan.graph.program import Program
 from smedjan.models.decoder import Form
 from smedjan.optim.base import Optimizer, Parameters
 from smedjan.runtime.session import Session
+from smedjan.train.refused import update_program
 
 
 class Planned(Protocol):
@@ -44,8 +45,7 @@ class Outline:
 
     @cached_property
     def update(self) -> Program:
-        exact = self.session.backend.exact
-        return self.session.finish(self.optimizer.graph(self.shapes, exact=exact, buckets=not exact))
+        return update_program(self.session, self.optimizer, self.shapes)
 
     def micro(self, form: Form, *, accumulate: bool = False) -> Program:
         return self.session.micro_program(form, self.names, accumulate=accumulate)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
@@ -36,9 +36,10 @@ from smedjan.train.chosen import check_method, chosen
 from smedjan.train.config import FinetuneConfig
 from smedjan.train.evaluation import PAD_TO
 from smedjan.train.largest import forms_met
-from smedjan.train.log import Event
+from smedjan.train.log import Event, now
 from smedjan.train.optimizers import optimizer
 from smedjan.train.outline import Outline
+from smedjan.train.refused import going_on
 from smedjan.train.step import Trainer
 
 EIGHT_BITS = (fp8.FP8, int8_forward.INT8_FORWARD)
@@ -50,10 +51,12 @@ class Finetune:
 
     def __init__(self, config: FinetuneConfig, *, started: str | None = None, say: Say = lambda line: None) -> None:
         self.config, self.say = config, say
-        self.started = started or datetime.now(UTC).isoformat(timespec="seconds")
-        self.files: ModelFiles = open_model(config.model)
+        self.started = started or now()
+        self.stored: ModelFiles = open_model(config.model)
+        self.files = self.stored
         self.backend = select_backend(config.backend)
-        self._check_eight_bits()
+        with going_on(config.resume):
+            self._check_eight_bits()
         self.tokenizer = load_tokenizer(self.files.path)
         if self.tokenizer.vocab_size > self.files.config.vocab_size:
             raise ConfigError(
@@ -171,7 +174,8 @@ class Finetune:
             fresh = {**initial_adapter(self.lora, self._shapes, config.seed), **self.start}
             session.parameters.update({name: self.backend.from_raw(raw) for name, raw in fresh.items()})
             session.parameters.update(adapter.first_magnitudes(session, group))
-        return Trainer(session, self.trained, self._optimizer(), seed=config.seed, group=group)
+        with going_on(config.resume):
+            return Trainer(session, self.trained, self._optimizer(), seed=config.seed, group=group)
 
     @cached_property
     def outline(self) -> Outline:
@@ -242,8 +246,9 @@ class Finetune:
 
     @cached_property
     def base_sha256(self) -> str:
-        """Of the weights a run starts from: adapters of one base mean nothing over another."""
-        return sha256_of(self.files.tensors)
+        """Of the weights a run starts from: adapters of one base mean nothing over another. Rows of new tokens are not
+        of it: they are trained, so that checkpoints have them, and another processor draws other last bits."""
+        return sha256_of(self.stored.tensors)
 
     def state(self, history: list[Event]) -> Event:
         watched = self.eval_dataset if self.config.train.patience is not None else None

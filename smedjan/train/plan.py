@@ -22,6 +22,7 @@ from smedjan.train import int8_forward as integers
 from smedjan.train.config import FinetuneConfig
 from smedjan.train.estimate import Estimate, step_time
 from smedjan.train.largest import largest_form
+from smedjan.train.macs import Mac, macs
 from smedjan.train.outline import Outline, planned_bytes
 from smedjan.train.parts import EIGHT_BITS, Finetune
 
@@ -34,6 +35,7 @@ class Plan:
     step_seconds      of one optimizer step of the largest micro-batches; None: not to be had on this machine
     longest_row       tokens with which it would fit, up to the model's context; 0: none
     advice            flags that make it fit at the least cost, and what is planned with them; None: it fits, or none do
+    macs              which of them the run would fit into, on mlx_metal; empty elsewhere
     fp8, int8_forward  errors of the layers in 8-bit floats and integers, on normal inputs; empty where there are none
     """
 
@@ -58,6 +60,7 @@ class Plan:
     int8_forward: dict[str, float]
     memory: list[dict[str, Any]]
     launches: dict[str, int]
+    macs: list[Mac]
 
 
 def step_of(
@@ -76,6 +79,42 @@ def step_of(
 ) -> list[Program]:
     """The programs of a training step of a model, every parameter and row trained or (LoRA, of rank 16) adapters beside
     all linear layers: micro-batch and update. `method` None: logits alone. Nothing is read or computed."""
+    outline, form = outline_of(
+        config,
+        backend,
+        dtype=dtype,
+        batch=batch,
+        length=length,
+        attention=attention,
+        method=method,
+        packing=packing,
+        memory=memory,
+        fp8=fp8,
+        int8_forward=int8_forward,
+    )
+    if method is None:
+        return [outline.session.logits_program(form)]
+    micro = outline.micro(form)
+    if fp8:
+        floats.layers(micro.graph, field="fp8")
+    return [micro, outline.update]
+
+
+def outline_of(
+    config: DecoderConfig,
+    backend: Backend,
+    *,
+    dtype: str,
+    batch: int,
+    length: int,
+    attention: str = "sdpa",
+    method: str | None = "full",
+    packing: bool = False,
+    memory: int | None = None,
+    fp8: bool = False,
+    int8_forward: bool = False,
+) -> tuple[Outline, Form]:
+    """What `step_of` makes programs of: the run without its arrays, and the form of its micro-batch."""
     if fp8:
         floats.check(backend, method=method, dtype=dtype, field="fp8")
     if int8_forward:
@@ -106,17 +145,8 @@ def step_of(
         rows=0 if backend.exact or method is None else batch * length,
         windowed=not packing and fills_window(config, length),
     )
-    if method is None:
-        return [session.logits_program(form)]
-    specs = session.specs()
-    names = [name for name in specs if lora is None or ".lora_" in name]
-    exact, adamw, shapes = backend.exact, AdamW(master=True), {name: specs[name] for name in names}
-    session.reserved = adamw.state_bytes(shapes)
-    update = adamw.graph(shapes, exact=exact, buckets=not exact)
-    micro = session.micro_program(form, names)
-    if fp8:
-        floats.layers(micro.graph, field="fp8")
-    return [micro, session.finish(update)]
+    names = [name for name in session.specs() if lora is None or ".lora_" in name]
+    return Outline(session=session, names=names, optimizer=AdamW(master=True)), form
 
 
 def decoding_of(
@@ -164,6 +194,7 @@ def plan(config: FinetuneConfig, *, say: Say = lambda line: None) -> Plan:
         plan_hash=program.plan_hash,
         memory=program.memory(),
         launches=dict(program.launches() + outline.update.launches()),
+        macs=macs(needed) if parts.backend.name == "mlx_metal" else [],
         **_errors(parts, program),
     )
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from smedjan.backends.base import Backend
-from smedjan.backends.collective import Alone, Collective, Lost
 from smedjan.errors import ConfigError, Elsewhere, SmedjanError
+
+if TYPE_CHECKING:
+    from smedjan.backends.base import Backend
+    from smedjan.backends.collective import Collective
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -38,6 +41,8 @@ def first() -> bool:
 def together(backend: Backend) -> Iterator[Collective]:
     """The processes of this run. An error that leaves the block in one of them leaves it in all: in the lowest of those
     that have one as it is, in the others as `Elsewhere`."""
+    from smedjan.backends.collective import Alone, Lost  # every command asks for `first`
+
     rank, world = rank_and_world()
     if world == 1:
         yield Alone()

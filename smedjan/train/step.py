@@ -17,6 +17,7 @@ from smedjan.optim.base import COPIES, Optimizer
 from smedjan.optim.sophia import Sophia
 from smedjan.runtime.session import Session
 from smedjan.train.hessian import Hessian
+from smedjan.train.refused import update_program
 
 MASK32 = 0xFFFFFFFF
 
@@ -41,9 +42,7 @@ class Trainer:
         specs = session.specs()
         self.shapes = {name: specs[name] for name in self.names}
         session.reserved = optimizer.state_bytes(self.shapes)
-        exact = session.backend.exact
-        graph = optimizer.graph(self.shapes, exact=exact, buckets=not exact)
-        self.update = session.finish(graph)
+        self.update = update_program(session, optimizer, self.shapes)
         self.hessian = Hessian(session, optimizer, self.shapes) if isinstance(optimizer, Sophia) else None
         self.state: dict[str, Array] = {
             name: self._copy(name.partition(".")[2])

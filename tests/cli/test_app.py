@@ -95,6 +95,7 @@ FLAGS = {
         *("--model", "--split", "--rows", "--max-length", "--loss-on", "--too-long", "--broken", "--html"),
     },
     "run save": {"--timeout"},
+    "run history": set(),
     "info": set(),
     "graph": {
         *("--plan", "--forward", "--unfold", "--batch-size", "--length", "--dtype", "--attention"),
@@ -154,6 +155,8 @@ def test_help_shows_every_flag_and_one_example_that_parses(verb: str, capsys: py
         (["data", "inspect", "r.jsonl", "--model", "does/not/exist"], "does/not/exist"),
         (["report", "does/not/exist"], "does/not/exist: is no directory"),
         (["run", "save", "does/not/exist"], "does/not/exist: is no directory"),
+        (["run", "history", "does/not/exist"], "does/not/exist: is no directory"),
+        (["run", "history", "docs"], "docs/smedjan/log.jsonl: no training log; give the --out directory"),
         (["run", "save", "docs", "--timeout", "0"], "timeout: is 0; give more than 0 seconds"),
         (["run", "save", "docs"], "docs: no process writes this run"),
     ],

@@ -64,16 +64,39 @@ def test_quickstart(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert (folder / "merged.Modelfile").read_text().startswith("FROM ./merged.gguf")
 
 
+def test_laptops(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, small, doctor, first, second, legs = (
+        run(words, folder, capsys, monkeypatch) for words in commands(ROOT / "docs" / "laptops.md")
+    )
+    assert "Macs       fits into one of 8 GB or more\n" in plan
+    assert "1.5 MB available: does not fit" in small
+    assert "would fit  --train.batch-size 4 --train.grad-accum 2: planned" in small
+    assert "without --backend" in doctor
+    assert "4 steps on mlx_metal" in first
+    assert first.split("weights ")[1] == second.split("weights ")[1]
+    assert "4 of 4 steps in 2 legs" in legs
+
+
+def test_the_table_of_laptops_is_the_planners() -> None:
+    from bench.laptops import table
+
+    assert table() in (ROOT / "docs" / "laptops.md").read_text()
+
+
 STEP = {
     *("step", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "tokens_per_s", "peak_bytes", "mfu", "eta_s"),
-    "skipped",
+    *("skipped", "at"),
 }
 HEADER = {
     *("model", "trained", "lora", "rows", "steps", "optim", "seed", "backend", "device", "exact", "plan_hash"),
-    *("memory", "peak", "versions", "config_hash", "data", "started", "out"),
+    *("memory", "peak", "versions", "config_hash", "data", "started", "began", "out", "machine", "processes"),
+}
+LEG = {
+    *("machine", "system", "backend", "device", "exact", "plan_hash", "processes", "versions", "began", "ended"),
+    *("steps", "again", "first_step", "last_step", "first_loss", "last_loss"),
 }
 PLAN = {"parameters", "nodes", "flops_per_token", "planned_bytes", "ops"}
-DRY_RUN = PLAN | {"memory_available", "fits", "advice", "longest_row", "step_seconds", "batch", "fp8"}
+DRY_RUN = PLAN | {"memory_available", "fits", "advice", "longest_row", "step_seconds", "batch", "fp8", "macs"}
 TRAIN = ["finetune", "--model", "downloaded", "--data", "rows.jsonl", "--train.steps", "2", "--train.batch-size", "2"]
 
 
@@ -170,6 +193,24 @@ def test_json_keys_are_frozen(
     assert all(set(step) >= STEP for step in steps)
 
 
+def test_the_legs_of_a_run(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`run history` of a run that ended, and was told to go on; its keys are frozen too."""
+    words = [*TRAIN, "--backend", "torch_reference", "--out", "legs"]
+    run(words, folder, capsys, monkeypatch)
+    run(["finetune", "--resume", "--out", "legs", "--backend", "cpu_native"], folder, capsys, monkeypatch)
+    found = json.loads(run(["run", "history", "legs", "--json"], folder, capsys, monkeypatch))
+    assert {"run_dir", "steps", "total_steps", "legs"} <= set(found)
+    assert (found["command"], found["backend"], found["steps"], found["total_steps"]) == ("run history", None, 2, 2)
+    first, second = found["legs"]
+    assert set(first) == set(second) == LEG
+    assert (first["backend"], first["first_step"], first["last_step"]) == ("torch_reference", 1, 2)
+    assert (second["backend"], second["steps"], second["ended"]) == ("cpu_native", 0, None)
+    assert first["began"] <= first["ended"] <= second["began"]
+    shown = run(["run", "history", "legs"], folder, capsys, monkeypatch).splitlines()
+    assert shown[0] == "legs: 2 of 2 steps in 2 legs"
+    assert shown[2].startswith("1-2")
+
+
 def test_launches_of_a_name_in_both_programs_are_added(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,7 +232,7 @@ def test_quickstart_toml_is_a_run(folder: Path) -> None:
     assert (config.model, config.train.steps, config.learning_rate) == ("tiny", 8, 1e-3)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/cli.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/cli.md", "docs/laptops.md"])
 def test_links_lead_somewhere(page: str) -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
     assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []

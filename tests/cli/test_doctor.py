@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import subprocess
 import sys
+import venv
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from smedjan.cli import doctor
-from smedjan.cli.doctor import BackendStatus, diagnose_with
+from smedjan.cli.doctor import BackendStatus, Diagnosis, diagnose_with
+from smedjan.cli.mlx_wheels import Machine, this_machine
 
 CPU_ONLY = {"gpu": "", "capability": [], "built_for": ""}
 HOPPER = {"gpu": "NVIDIA H100", "capability": [9, 0], "built_for": "12.8"}
@@ -17,13 +23,18 @@ COMPILED = {"built": True, "reason": "/usr/bin/cc", "detail": ""}
 PINNED = {"torch": "2.13.0", "transformers": "5.23.0", "triton": "3.9.0", "mlx": "0.32.4"}
 
 
-def statuses(
+LINUX = Machine(system="Linux", processor="x86_64", version=(2, 39))
+MAC = Machine(system="Darwin", processor="arm64", version=(15, 1))
+
+
+def diagnosis(
     monkeypatch: pytest.MonkeyPatch,
     versions: dict[str, str],
     torch: dict[str, object] | str = CPU_ONLY,
     mlx: dict[str, object] | str = "no mlx here",
     native: dict[str, object] | str = COMPILED,
-) -> dict[str, BackendStatus]:
+    machine: Machine = LINUX,
+) -> Diagnosis:
     """What `diagnose` finds where these versions are installed and the probes answer so (a text: they fail with it)."""
 
     def probe(code: str) -> tuple[dict[str, object] | None, str]:
@@ -32,12 +43,16 @@ def statuses(
 
     monkeypatch.setattr(doctor, "installed", versions.get)
     monkeypatch.setattr(doctor, "find_spec", lambda module: object() if module in versions else None)
-    monkeypatch.setattr(doctor.sys, "platform", "linux")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    found = diagnose_with(probe)
+    made = diagnose_with(probe, machine)
+    found = made.backends
     assert [status.name for status in found] == ["torch_reference", "cpu_native", "cuda_triton", "mlx_metal"]
     assert all(status.remedy for status in found if not status.usable)
-    return {status.name: status for status in found}
+    return made
+
+
+def statuses(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], **more: Any) -> dict[str, BackendStatus]:
+    return {status.name: status for status in diagnosis(monkeypatch, versions, **more).backends}
 
 
 def test_nothing_installed_is_four_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,9 +117,9 @@ def test_triton_depends_on_the_gpu(
 def test_tritons_interpreter_needs_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     statuses(monkeypatch, PINNED)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    found = {
-        status.name: status for status in diagnose_with(lambda code: ({**CPU_ONLY, **COMPILED, "metal": False}, ""))
-    }
+    made = diagnose_with(lambda code: ({**CPU_ONLY, **COMPILED, "metal": False}, ""), LINUX)
+    found = {status.name: status for status in made.backends}
+    assert made.auto.name == "cpu_native", "the interpreter is for tests"
     assert found["cuda_triton"].usable
     assert "interpreter" in found["cuda_triton"].reason
 
@@ -151,10 +166,134 @@ def test_a_probe_answers_or_says_why_not() -> None:
 def test_diagnose_here_imports_nothing_heavy() -> None:
     code = (
         "import sys, json; from smedjan.cli.doctor import diagnose; found = diagnose();"
-        "print(json.dumps([[s.name, s.usable] for s in found]));"
+        "print(json.dumps([[s.name, s.usable] for s in found.backends]));"
         "print(json.dumps(sorted({'torch', 'triton', 'mlx', 'transformers'} & set(sys.modules))))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     found, imported = (json.loads(line) for line in run.stdout.splitlines())
     assert dict(found)["torch_reference"] is True
     assert imported == []
+
+
+NO_WHEELS = {
+    "rosetta": (
+        Machine(system="Darwin", processor="x86_64", version=(14, 5), translated=True),
+        "run by Rosetta",
+        "/opt/homebrew/bin/python3 -m venv .venv, then pip install",
+    ),
+    "intel": (Machine(system="Darwin", processor="x86_64", version=(13, 6)), "Intel processor", "another machine"),
+    "macOS 13": (
+        Machine(system="Darwin", processor="arm64", version=(13, 6, 1)),
+        "need macOS 14 or newer, this is 13.6.1",
+        "update macOS, then pip install",
+    ),
+    "old Python": (Machine(system="Darwin", processor="arm64", version=(10, 16)), "before 11", "python3 -m venv"),
+    "Windows": (Machine(system="Windows", processor="AMD64"), "this is Windows", "wsl --install"),
+    "musl": (Machine(system="Linux", processor="x86_64"), "another C library", "--backend cpu_native"),
+    "old glibc": (Machine(system="Linux", processor="aarch64", version=(2, 31)), "2.35 or newer, this is 2.31", "cpu"),
+    "riscv": (Machine(system="Linux", processor="riscv64", version=(2, 39)), "no wheels for riscv64", "cpu_native"),
+}
+
+
+@pytest.mark.parametrize("name", NO_WHEELS)
+def test_machines_without_a_wheel_of_mlx(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Said where mlx is not installed; one that is there, and computes, was built for the machine."""
+    machine, reason, remedy = NO_WHEELS[name]
+    without = {package: version for package, version in PINNED.items() if package != "mlx"}
+    found = statuses(monkeypatch, without, machine=machine)["mlx_metal"]
+    assert found.reason.startswith("mlx is not installed; ")
+    assert reason in found.reason
+    assert remedy in (found.remedy or "")
+    assert statuses(monkeypatch, PINNED, mlx={"metal": True}, machine=machine)["mlx_metal"].usable
+    broken = statuses(monkeypatch, PINNED, mlx="ImportError: libmlx.dylib", machine=machine)["mlx_metal"]
+    assert broken.reason.startswith("mlx does not import: ImportError: libmlx.dylib; ")
+    assert reason in broken.reason
+
+
+@pytest.mark.parametrize(
+    "machine",
+    [
+        LINUX,
+        MAC,
+        Machine(system="Darwin", processor="arm64", version=(14, 0)),
+        Machine(system="Darwin", processor="arm64", version=(26, 1)),
+        Machine(system="Linux", processor="aarch64", version=(2, 35)),
+    ],
+)
+def test_machines_with_one(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
+    found = statuses(monkeypatch, {}, machine=machine)["mlx_metal"]
+    assert (found.reason, found.remedy) == ("mlx is not installed", doctor.MLX.install)
+
+
+@pytest.mark.parametrize(
+    ("versions", "facts", "name", "usable", "said"),
+    [
+        (PINNED, {}, "cpu_native", True, "no NVIDIA GPU with triton"),
+        (PINNED, {"torch": HOPPER}, "cuda_triton", True, "torch sees an NVIDIA GPU"),
+        (PINNED, {"machine": MAC, "mlx": {"metal": True}}, "mlx_metal", True, "MLX is installed"),
+        (PINNED, {"machine": MAC, "mlx": "ImportError: x"}, "mlx_metal", False, "but mlx does not import"),
+        ({**PINNED, "triton": "3.1.0"}, {"torch": HOPPER}, "cuda_triton", False, "but triton 3.1.0 is outside"),
+        ({}, {}, "cpu_native", False, "but torch is not installed"),
+        ({"torch": "2.13.0"}, {"torch": HOPPER}, "cpu_native", True, "no NVIDIA GPU with triton"),
+    ],
+)
+def test_what_runs_without_a_backend_and_why(
+    monkeypatch: pytest.MonkeyPatch, versions: dict[str, str], facts: Any, name: str, usable: bool, said: str
+) -> None:
+    auto = diagnosis(monkeypatch, versions, **facts).auto
+    assert (auto.name, auto.usable) == (name, usable)
+    assert said in auto.reason
+    assert auto.usable or auto.remedy
+
+
+def test_facts_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(platform, "mac_ver", lambda: ("14.5", ("", "", ""), "x86_64"))
+    answers = subprocess.CompletedProcess([], 0, stdout="1\n", stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *_given, **_options: answers)
+    assert this_machine() == Machine(system="Darwin", processor="x86_64", version=(14, 5), translated=True)
+    answers.stdout = ""
+    assert this_machine().translated is False
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="of glibc")
+def test_facts_of_this_machine() -> None:
+    assert this_machine().version == tuple(map(int, platform.libc_ver()[1].split(".")))
+
+
+@pytest.mark.parametrize("hidden", [("mlx",), ("triton",), ("mlx", "triton")], ids="+".join)
+def test_an_environment_without_them(tmp_path: Path, hidden: tuple[str, ...]) -> None:
+    """A real one, with links to every package but those: what runs, why, and the one command for what does not."""
+    venv.create(tmp_path / "env", symlinks=True)
+    site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
+    for entry in Path(pytest.__file__).parents[1].iterdir():
+        if not entry.name.startswith((*hidden, "__editable__", "__pycache__")):
+            (site / entry.name).symlink_to(entry)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(doctor.__file__).parents[2])
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [str(tmp_path / "env" / "bin" / "python"), "-m", "smedjan", *words]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+    done = run("doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    found = {status["name"]: status for status in made["backends"]}
+    assert found["torch_reference"]["usable"]
+    assert (made["auto"]["usable"], made["versions"].keys() & {"mlx", "triton"}) == (
+        True,
+        {"mlx", "triton"} - {*hidden},
+    )
+    remedies = {"mlx": ("mlx_metal", doctor.MLX.install), "triton": ("cuda_triton", doctor.TRITON.install)}
+    for package, (name, command) in remedies.items():
+        if package in hidden:
+            assert found[name] == {
+                "name": name,
+                "usable": False,
+                "reason": f"{package} is not installed",
+                "remedy": command,
+            }
+            asked = run("finetune", "--model", "m", "--data", "d", "--dry-run", "--backend", name)
+            assert (asked.returncode, asked.stderr.count("\n")) == (2, 1)

@@ -66,7 +66,7 @@ from smedjan.data.collate import IGNORE, collate
 from smedjan.errors import ConfigError, DataError
 from smedjan.evaluate.rows import prompt_ids
 from smedjan.generate.chat import Chat
-from smedjan.train import parts
+from smedjan.train import log
 from smedjan.train.parts import Finetune
 from smedjan.train.step import Trainer
 
@@ -217,7 +217,7 @@ def test_a_clock_set_back_before_a_resume(configure, write_rows, tiny, tmp_path,
             def now(cls, tz=None):
                 return cls(*day, tzinfo=tz)
 
-        monkeypatch.setattr(parts, "datetime", Clock)
+        monkeypatch.setattr(log, "datetime", Clock)
 
     on((2026, 3, 1))
     whole = smedjan.finetune(configure("whole", **flags))

@@ -128,7 +128,7 @@ def test_every_kind_of_run_is_timed(configure, monkeypatch, backend, flags):
         assert "uint8" in {dtype for _, dtype in outline.optimizer.state(outline.shapes).values()}
     if backend == "mlx_metal" and flags.keys() & {"optim__rounding", "optim__state"}:
         with pytest.raises(
-            BackendError, match=r"mlx has no lowering for the op '(stochastic_round|dequantize_blocks)'"
+            BackendError, match=r"mlx_metal has no lowering for the op '(stochastic_round|dequantize_blocks)'"
         ):
             smedjan.plan(config)
         return

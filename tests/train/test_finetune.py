@@ -53,7 +53,7 @@ def test_the_log(configure, write_rows, read_log):
     assert [event["step"] for event in log.steps] == [1, 2, 3, 4, 5]
     assert [event["step"] for event in log.evals] == [2, 4, 5]
     keys = {"step", "total_steps", "loss", "grad_norm", "lr", "tokens", "trained_tokens", "tokens_per_s", "peak_bytes"}
-    keys |= {"mfu", "eta_s", "skipped"}
+    keys |= {"mfu", "eta_s", "skipped", "at"}
     assert all(set(event) == keys for event in log.steps)
     assert [event for event in seen if "loss" in event] == log.steps
     assert [event for event in seen if "eval_loss" in event] == log.evals

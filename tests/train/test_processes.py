@@ -140,7 +140,7 @@ def two(tiny, tmp_path_factory):
 def logged(run_dir):
     """Events of log.jsonl behind the header, without what the clock and the memory say."""
     events = [json.loads(line) for line in (run_dir / "smedjan" / "log.jsonl").read_text().splitlines()]
-    measured = ("tokens_per_s", "peak_bytes", "mfu", "eta_s")
+    measured = ("tokens_per_s", "peak_bytes", "mfu", "eta_s", "at")
     return [{key: event[key] for key in event if key not in measured} for event in events if "header" not in event]
 
 

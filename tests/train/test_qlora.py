@@ -107,7 +107,9 @@ def test_the_method_decides_what_may_be_resumed(configure):
     assert config.config_hash() != replace(config, lora=replace(config.lora, bits=8)).config_hash()
     assert config.config_hash() == replace(config, lora=replace(config.lora, bits=None)).config_hash(), "4 by default"
     assert config.config_hash() != replace(config, lora=replace(config.lora, rank=8)).config_hash()
-    with pytest.raises(smedjan.errors.CheckpointError, match="another config_hash"):
+    with pytest.raises(
+        smedjan.errors.ConfigError, match="method: is lora, and the run was started with another, qlora"
+    ):
         smedjan.finetune(replace(config, method="lora", lora=replace(config.lora, bits=None), resume=True))
 
 
