@@ -3,12 +3,12 @@
     python bench/train.py MODEL ROWS.jsonl [--cases lora-float32,full-float32] [--rounds 5] [--json FILE]
 
 Each side is a process of its own, which takes its turn when it is told to: smedjan (`cpu_native`), transformers with
-glibc's malloc as it is, and with thresholds so high that no freed memory goes back to the system. All see the same rows
-with the same adapters, AdamW and clipping, on as many threads; their first losses must agree. A ratio is the median of
-the rounds' ratios. Table A: unpadded rows, every token trained. Table B: rows of prompt and completion as they are,
-padded to the longest (by smedjan to a multiple of 16, as its runs do), completions trained; of new
-lengths, so that what a new shape costs is in it. Peak memory is resident bytes above what the process held once its
-libraries were imported.
+glibc's malloc as it is, and with thresholds so high that no freed memory goes back to the system, and litgpt, where
+--litgpt says that it is. All see the same rows with the same adapters, AdamW and clipping, on as many threads; their
+first losses must agree. A ratio is the median of the rounds' ratios. Table A: unpadded rows, every token trained. Table
+B: rows of prompt and completion as they are, padded to the longest (by smedjan to a multiple of 16, as its runs do),
+completions trained; of new lengths, so that what a new shape costs is in it. Peak memory is resident bytes above what
+the process held once its libraries were imported.
 
 A case that ends in -int8 is another computation: the frozen base's forward products are of 8-bit integers. It runs
 beside smedjan's own without them, its first loss is shown beside that one's and not held to it, and its ratio is none
@@ -33,6 +33,8 @@ ROWS, LENGTH, RANK = 8, 128, 16
 RAISED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(64 << 20)}
 SIDES = {"smedjan": ("smedjan", {}), "transformers": ("peer", {}), "transformers, raised": ("peer", RAISED)}
 PLAIN = "smedjan, without int8"
+LITGPT = "litgpt, raised"
+"""Where --litgpt says where that lies (bench/litgpt_side.py)."""
 OTHER_SIDES = {"smedjan": ("smedjan", {}), PLAIN: ("plain", {})}
 """Of cases that end in -int8."""
 CASES = ("lora-float32", "full-float32", "lora-bfloat16", "full-bfloat16")
@@ -48,7 +50,7 @@ class Worker:
     """The process of one side, at the other end of two pipes."""
 
     def __init__(self, side: str, arguments: list[str]) -> None:
-        kind, environment = {**SIDES, **OTHER_SIDES}[side]
+        kind, environment = {**SIDES, **OTHER_SIDES, LITGPT: ("litgpt", RAISED)}[side]
         command = [sys.executable, __file__, *arguments, "--worker", kind]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment
@@ -99,17 +101,27 @@ def work(arguments: argparse.Namespace) -> None:
         import torch
         from transformers import AutoModelForCausalLM  # noqa: F401
 
+    if arguments.worker == "litgpt":
+        import litgpt_side
+
+        litgpt_side.import_from(arguments.litgpt)
+
     from smedjan.train.evaluation import PAD_TO
 
-    pad_to = 1 if arguments.worker == "peer" else PAD_TO
+    pad_to = 1 if arguments.worker in ("peer", "litgpt") else PAD_TO
     given = batches(arguments.model, arguments.rows, arguments.table, arguments.rounds * arguments.steps + 2, pad_to)
     if arguments.worker != "peer":
         import torch  # noqa: F401
 
     baseline = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    peer = arguments.worker == "peer"
-    side = _peer(arguments.model, method, dtype) if peer else _ours(arguments, method, dtype, int8)
+    side: Any
+    if arguments.worker == "peer":
+        side = _peer(arguments.model, method, dtype)
+    elif arguments.worker == "litgpt":
+        side = litgpt_side.LitGPT(arguments.model, method, dtype)
+    else:
+        side = _ours(arguments, method, dtype, int8)
     for line in sys.stdin:
         first, count = map(int, line.split())
         began = time.perf_counter()
@@ -197,7 +209,11 @@ def run(case: str, table: str, arguments: argparse.Namespace) -> dict[str, Any]:
     shared = [arguments.model, str(arguments.rows), "--cases", case, "--table", table]
     shared += ["--rounds", str(arguments.rounds), "--steps", str(arguments.steps)]
     other = case.endswith("-int8")
-    workers = {side: Worker(side, shared) for side in (OTHER_SIDES if other else SIDES)}
+    sides = list(OTHER_SIDES if other else SIDES)
+    if arguments.litgpt and not other:
+        shared += ["--litgpt", arguments.litgpt]
+        sides.append(LITGPT)
+    workers = {side: Worker(side, shared) for side in sides}
     firsts = {side: worker.ask("0 2") for side, worker in workers.items()}  # builds programs, warms caches
     losses = [first["loss"] for first in firsts.values()]
     near = 1e-4 if case.endswith("float32") and "bf" not in case else 3e-2
@@ -242,7 +258,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--worker", choices=("smedjan", "plain", "peer"), help=argparse.SUPPRESS)
+    parser.add_argument("--litgpt", help="the folder in which litgpt is installed (bench/litgpt_side.py)")
+    parser.add_argument("--worker", choices=("smedjan", "plain", "peer", "litgpt"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         work(arguments)
