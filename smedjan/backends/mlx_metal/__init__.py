@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from smedjan.backends.base import Backend
+from smedjan.backends.collective import Collective
 from smedjan.backends.mlx_metal import (  # noqa: F401  (each fills RULES)
     activation,
     attention,
@@ -92,6 +93,11 @@ class MlxBackend(Backend):
 
     def synchronize(self, arrays: Mapping[str, mx.array]) -> None:
         mx.eval(dict(arrays))
+
+    def collective(self, *, rank: int, world: int) -> Collective:
+        from smedjan.backends.mlx_metal.collective import MlxCollective
+
+        return MlxCollective(rank=rank, world=world)
 
     def program(self, graph: Graph, pool: Any = None) -> Program:
         """Fused on Metal alone: MLX's CPU build runs a C++ compiler, seconds long, for every kernel it fuses."""
