@@ -17,11 +17,13 @@ from mlx_pair import MLX, TORCH, check, from_torch, to_torch
 import smedjan.ops
 from smedjan.backends.mlx_metal import MlxProgram, attention, loss
 from smedjan.checkpoint.raw import RawTensor
+from smedjan.errors import BackendError
 from smedjan.graph.node import Graph
 from smedjan.graph.op import OPS
 from smedjan.graph.rewrite import BACKWARD_OF
 from smedjan.ops.cache import kv_read, kv_write
 from smedjan.ops.elementwise import scale_by
+from smedjan.ops.offload import to_host
 from smedjan.ops.random import keep_mask, uniform
 from smedjan.optim.adamw import AdamW
 
@@ -46,6 +48,14 @@ def decomposed() -> set[str]:
 
 def test_every_declared_op_has_a_rule():
     assert set(OPS) - MLX.rules.ops() == decomposed() | LACKING
+
+
+def test_an_op_without_a_rule_is_an_error_of_this_backend():
+    graph = Graph()
+    x = graph.input("x", (256,), "float32")
+    graph.output("y", to_host(x))
+    with pytest.raises(BackendError, match="the backend mlx_metal has no lowering for the op 'to_host'"):
+        MLX.program(graph)
 
 
 def test_every_op_is_run_by_a_case():
