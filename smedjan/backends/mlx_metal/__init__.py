@@ -60,10 +60,12 @@ class MlxProgram(Program):
 
 
 def _array(value: Any) -> mx.array:
-    """A learning rate or step as an array: as a Python number it would be a constant of the compiled program."""
+    """A learning rate, step or seed as an array: as a Python number it would be a constant of the compiled program."""
     if isinstance(value, mx.array):
         return value
-    return mx.array(value, dtype=mx.float32 if isinstance(value, float) else mx.int32)
+    if isinstance(value, float):
+        return mx.array(value, dtype=mx.float32)
+    return mx.array(value, dtype=mx.int32 if value < 2**31 else mx.int64)
 
 
 class MlxBackend(Backend):
