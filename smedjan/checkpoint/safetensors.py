@@ -102,8 +102,11 @@ def _header(file: Path, raw: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
         header = parse_json(text.decode("utf-8"), file, CheckpointError, field="header")
     except UnicodeDecodeError as cause:
         raise bad("the header is not UTF-8") from cause
-    metadata = header.get("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    # MLX writes null where there is none, which the format's own library reads.
+    metadata = header.get("__metadata__")
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
         raise CheckpointError("must map strings to strings", file=file, field="__metadata__", remedy=_AGAIN)
     return header, 8 + length
 
@@ -164,7 +167,7 @@ def read_metadata(file: Path) -> dict[str, str]:
     """The `__metadata__` of one file."""
     with file.open("rb") as raw:
         header, _ = _header(file, raw, file.stat().st_size)
-    return header.get("__metadata__", {})
+    return header.get("__metadata__") or {}
 
 
 def _header_of(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> tuple[bytes, list[str]]:

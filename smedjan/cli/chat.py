@@ -29,7 +29,7 @@ def chat(
     model: Annotated[str, Parameter(help="model directory, run directory or hub id")],
     /,
     *,
-    adapter: Annotated[Path | None, Parameter(help="adapter directory in PEFT's layout")] = None,
+    adapter: Annotated[Path | None, Parameter(help="adapter directory of PEFT's or mlx-lm's")] = None,
     system: Annotated[str | None, Parameter(help="system prompt")] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None, Parameter(help="of the computation (default: as stored)")

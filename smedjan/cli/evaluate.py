@@ -30,7 +30,7 @@ def evaluate(
         Literal["auto", "perplexity", "choice", "generate"],
         Parameter(help="what to measure (auto: what the rows allow; conversations are answered only when asked)"),
     ] = "auto",
-    adapter: Annotated[Path | None, Parameter(help="adapter directory in PEFT's layout")] = None,
+    adapter: Annotated[Path | None, Parameter(help="adapter directory of PEFT's or mlx-lm's")] = None,
     against: Annotated[
         Path | None, Parameter(help="another model, or an adapter on the same one: differences on the same rows")
     ] = None,

@@ -19,7 +19,7 @@ def generate(
     prompt: Annotated[str, Parameter(help="text to go on from, as it stands: no chat template is put around it")],
     /,
     *,
-    adapter: Annotated[Path | None, Parameter(help="adapter directory in PEFT's layout")] = None,
+    adapter: Annotated[Path | None, Parameter(help="adapter directory of PEFT's or mlx-lm's")] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None, Parameter(help="of the computation (default: as stored)")
     ] = None,

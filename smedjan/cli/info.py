@@ -8,7 +8,6 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from smedjan.cli.output import COMMON, Common, Outcome
-from smedjan.errors import CheckpointError
 
 
 def info(
@@ -48,16 +47,9 @@ def info(
 
 def _adapter(directory: Path) -> dict[str, Any] | None:
     """Of a directory that holds an adapter and no model of its own."""
-    from smedjan.hf.peft import CONFIG, read_settings
-    from smedjan.models.config import read_json_object
+    from smedjan.hf.peft import CONFIG, base_of, read_settings
 
-    file = directory / CONFIG
-    if not file.is_file() or (directory / "config.json").is_file():
+    if not (directory / CONFIG).is_file() or (directory / "config.json").is_file():
         return None
     lora, _init = read_settings(directory)
-    base = read_json_object(file).get("base_model_name_or_path")
-    if not isinstance(base, str):
-        raise CheckpointError(
-            "names no base model", file=file, field="base_model_name_or_path", remedy="write it there"
-        )
-    return {"base": base, "rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}
+    return {"base": base_of(directory)[0], "rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def merge(
     base: Annotated[str, Parameter(help="model directory that the adapter was trained on")],
-    adapter: Annotated[Path, Parameter(help="adapter directory in PEFT's layout: a run of LoRA is one")],
+    adapter: Annotated[Path, Parameter(help="adapter directory of PEFT's or mlx-lm's: a run of LoRA is one")],
     out: Annotated[Path, Parameter(help="directory to make")],
     /,
     *,

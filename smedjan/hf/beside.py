@@ -65,7 +65,7 @@ def check_tokenizer(folder: Path, vocab_size: int) -> list[str]:
 def instead_of_config(folder: Path) -> ConfigError:
     """What to say of a folder without config.json."""
     if (folder / "adapter_config.json").is_file():
-        remedy = "this is a PEFT adapter: import its base model, then use smedjan merge"
+        remedy = "this is an adapter: import its base model, then use smedjan merge"
     else:
         found = sorted(folder.glob("*.gguf"))
         remedy = f"give the file itself: {found[0]}" if found else "give a directory in Hugging Face's layout"

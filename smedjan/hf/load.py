@@ -17,9 +17,8 @@ from smedjan.errors import CheckpointError, ConfigError
 from smedjan.hf.hub import is_hub_id
 from smedjan.hf.import_model import match_tensors, read_source
 from smedjan.hf.peft import CONFIG as ADAPTER_CONFIG
-from smedjan.hf.peft import read_adapter, tensors_of
+from smedjan.hf.peft import base_of, read_adapter, tensors_of
 from smedjan.hf.whole_modules import laid_over, replaced, saved_names
-from smedjan.models.config import read_json_object
 from smedjan.models.decoder_config import DecoderConfig
 from smedjan.models.registry import read_config
 from smedjan.passes.lora import Lora
@@ -91,20 +90,13 @@ def resolve(path: str | Path, adapter: str | Path | None) -> tuple[str | Path, P
     where = Path(path)
     if adapter is not None or not (where / ADAPTER_CONFIG).is_file() or (where / "config.json").is_file():
         return path, None if adapter is None else Path(adapter)
-    base = read_json_object(where / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not isinstance(base, str):
-        raise ConfigError(
-            "names no base model",
-            file=where / ADAPTER_CONFIG,
-            field="base_model_name_or_path",
-            remedy="give the base model and --adapter",
-        )
+    base, key = base_of(where)
     if not Path(base).exists() and not is_hub_id(base):
         # A path relative to where it was trained, as PEFT has it
         raise ConfigError(
             f"names the base {base!r}, which is not in the working directory",
             file=where / ADAPTER_CONFIG,
-            field="base_model_name_or_path",
+            field=key,
             remedy=f"give the path of the base model and --adapter {where}",
         )
     return base, where
@@ -133,7 +125,7 @@ def open_session(
     quantized: str | None = None,
     int8: bool = False,
 ) -> Session:
-    """Weights on the backend. `adapter` is a directory in PEFT's layout, laid beside the frozen weights.
+    """Weights on the backend. `adapter` is a directory in PEFT's or mlx-lm's layout, laid beside the frozen weights.
 
     With `quantized`, the linear weights of the blocks become nf4 or int8, from their values in `dtype`, one at a time.
     With `int8`, they and the head become 8-bit codes for inference, from their values as stored.
@@ -175,8 +167,8 @@ def open_session(
     return session
 
 
-def open_adapter(files: ModelFiles, backend: Backend, directory: Path) -> tuple[Lora, dict[str, Array]]:
-    """An adapter of this model on the backend: every tensor checked."""
+def checked_adapter(files: ModelFiles, directory: Path) -> tuple[Lora, dict[str, RawTensor]]:
+    """An adapter of this model: every tensor checked."""
     lora, tensors = read_adapter(directory, files.tensors)
     expected = lora.shapes({name: spec.shape for name, spec in specs_of(files.tensors).items()})
     for name, shape in expected.items():
@@ -187,7 +179,13 @@ def open_adapter(files: ModelFiles, backend: Backend, directory: Path) -> tuple[
                 field=name,
                 remedy="give the model that this adapter was trained on",
             )
-    return lora, arrays_of(backend, {name: tensors[name] for name in expected})
+    return lora, {name: tensors[name] for name in expected}
+
+
+def open_adapter(files: ModelFiles, backend: Backend, directory: Path) -> tuple[Lora, dict[str, Array]]:
+    """The same on the backend."""
+    lora, tensors = checked_adapter(files, directory)
+    return lora, arrays_of(backend, tensors)
 
 
 def arrays_of(backend: Backend, tensors: Mapping[str, RawTensor]) -> dict[str, Array]:

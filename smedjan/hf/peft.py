@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's layout, in and out, and their merge into the weights."""
+"""LoRA adapters in PEFT's layout, in and out, and their merge into the weights; mlx-lm's are read in their place."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from smedjan.checkpoint.dtype import convert, to_float32
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.checkpoint.safetensors import open_file, save_file
 from smedjan.errors import CheckpointError, ConfigError
-from smedjan.hf import pissa
+from smedjan.hf import mlx_lm_adapter, pissa
 from smedjan.hf.whole_modules import CONFIG, PREFIX
+from smedjan.models.config import read_json_object
 from smedjan.passes.lora import Lora, a_name, b_name, magnitude_name, module_of
 
 WEIGHTS = "adapter_model.safetensors"
@@ -88,29 +89,49 @@ NAME = re.compile(r"[\w.]+")
 
 
 def read_adapter(directory: Path, base: Mapping[str, RawTensor]) -> tuple[Lora, Mapping[str, RawTensor]]:
-    """The adapter in a PEFT directory, for the weights of `base`; of modules held whole (`modules_to_save`), only the
-    tensors are here: `hf.load.with_adapter` lays them over the model.
+    """The adapter in a directory of PEFT's or mlx-lm's, for the weights of `base`; of modules held whole
+    (`modules_to_save`), only the tensors are here: `hf.load.with_adapter` lays them over the model.
 
     A PiSSA adapter that was not converted belongs over the residual, which PEFT too makes of `base` when it loads it.
     """
     lora, init = read_settings(directory)
     tensors = tensors_of(directory)
+    if mlx_lm_adapter.is_mlx_lm(directory):
+        mlx_lm_adapter.check_modules(directory, tensors, base)
     if init == "pissa":
         return pissa.plain(lora, tensors, pissa.initial(lora, base, init, 0))
     return lora, tensors
 
 
 def tensors_of(directory: Path) -> Mapping[str, RawTensor]:
+    """Under PEFT's names, whichever layout."""
+    if mlx_lm_adapter.is_mlx_lm(directory):
+        return mlx_lm_adapter.tensors_of(directory)
     return open_file(directory / WEIGHTS)
+
+
+def base_of(directory: Path) -> tuple[str, str]:
+    """(the model that an adapter says it belongs to, the key that says so)."""
+    key = "model" if mlx_lm_adapter.is_mlx_lm(directory) else "base_model_name_or_path"
+    base = read_json_object(directory / CONFIG).get(key)
+    if not isinstance(base, str):
+        raise ConfigError(
+            "names no base model", file=directory / CONFIG, field=key, remedy="give the base model and --adapter"
+        )
+    return base, key
 
 
 def read_settings(directory: Path) -> tuple[Lora, Any]:
     """`adapter_config.json`, and its init_lora_weights. What we do not compute is an error, never ignored."""
     file = directory / CONFIG
+    if mlx_lm_adapter.is_mlx_lm(directory):
+        return mlx_lm_adapter.read_settings(directory), True
     try:
         config = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot be read: {error}", file=file, remedy="give a directory in PEFT's layout") from error
+        raise ConfigError(
+            f"cannot be read: {error}", file=file, remedy="give an adapter directory of PEFT's or mlx-lm's"
+        ) from error
     for key, allowed in PLAIN.items():
         if config.get(key, allowed[0]) not in allowed:
             raise ConfigError(

@@ -15,6 +15,7 @@ from smedjan.checkpoint.safetensors import read_metadata
 from smedjan.errors import ConfigError
 from smedjan.hf import pissa
 from smedjan.hf.load import ModelFiles, arrays_of, open_session
+from smedjan.hf.mlx_lm_adapter import is_mlx_lm
 from smedjan.hf.peft import OURS, WEIGHTS, read_adapter
 from smedjan.passes.lora import Lora
 from smedjan.runtime.session import Session
@@ -22,6 +23,8 @@ from smedjan.runtime.session import Session
 
 def told(directory: Path) -> dict[str, str]:
     """What a run of ours wrote into its adapter's file: `storage` and `dtype` of the weights, `start`."""
+    if is_mlx_lm(directory):
+        return {}
     metadata = read_metadata(directory / WEIGHTS)
     return {key.removeprefix(OURS): value for key, value in metadata.items() if key.startswith(OURS)}
 

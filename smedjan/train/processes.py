@@ -1,7 +1,9 @@
-"""The processes of a run, as torchrun and accelerate launch start them: number RANK of WORLD_SIZE."""
+"""The processes of a run: number RANK of WORLD_SIZE, as torchrun and accelerate launch start them, or number MLX_RANK
+of the ring in MLX_HOSTFILE, as mlx.launch does."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,27 +16,51 @@ if TYPE_CHECKING:
     from smedjan.backends.collective import Collective
 
 
+TORCH, MLX = "start by torchrun or accelerate launch", "start by mlx.launch --backend ring"
+
+
 def rank_and_world() -> tuple[int, int]:
     """Which process this is, from 0, of how many."""
-    world = _number("WORLD_SIZE", "1")
+    name, remedy = "RANK", TORCH
+    world = _number("WORLD_SIZE", "1", remedy)
+    if world <= 1 and "MLX_RANK" in os.environ:
+        name, remedy = "MLX_RANK", MLX
+        world = _ring()
     if world <= 1:
         return 0, 1
-    rank = _number("RANK", "")
+    rank = _number(name, "", remedy)
     if rank >= world:
-        raise ConfigError(f"{rank} of {world} processes", field="RANK", remedy="start by torchrun or accelerate launch")
+        raise ConfigError(f"{rank} of {world} processes", field=name, remedy=remedy)
     return rank, world
 
 
-def _number(name: str, default: str) -> int:
+def _number(name: str, default: str, remedy: str) -> int:
     text = os.environ.get(name, default)
     if not text.isdecimal():
-        raise ConfigError(f"{text!r} is no number", field=name, remedy="start by torchrun or accelerate launch")
+        raise ConfigError(f"{text!r} is no number", field=name, remedy=remedy)
     return int(text)
+
+
+def _ring() -> int:
+    """How many processes the file of mlx.launch's ring backend names: a list, with the addresses of each."""
+    file = os.environ.get("MLX_HOSTFILE")
+    if file is None:
+        raise ConfigError("MLX_RANK is set, and no ring is named", field="MLX_HOSTFILE", remedy=MLX)
+    try:
+        with open(file, encoding="utf-8") as opened:
+            hosts = json.load(opened)
+    except (OSError, ValueError) as cause:
+        raise ConfigError(f"cannot be read: {cause}", file=file, field="MLX_HOSTFILE", remedy=MLX) from cause
+    if not isinstance(hosts, list) or not hosts:
+        raise ConfigError("is no list of processes' addresses", file=file, field="MLX_HOSTFILE", remedy=MLX)
+    return len(hosts)
 
 
 def first() -> bool:
     """Whether this is the process that speaks for the run."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("MLX_RANK", "0") == "0"
 
 
 @contextmanager

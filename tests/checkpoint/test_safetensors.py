@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import safetensors.torch
@@ -50,6 +51,16 @@ def test_each_reads_what_the_other_wrote(tmp_path: Path) -> None:
     save_file(tmp_path / "b.safetensors", ours)
     again = safetensors.torch.load_file(tmp_path / "b.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors().items())
+
+
+def test_metadata_that_is_null_is_none(tmp_path: Path) -> None:
+    """As MLX writes it where it was given none; the library reads it too."""
+    file = tmp_path / "a.safetensors"
+    mx.save_safetensors(str(file), {"x": mx.arange(4)})
+    assert b'"__metadata__":null' in file.read_bytes()
+    assert safetensors.torch.load_file(file)["x"].tolist() == [0, 1, 2, 3]
+    assert list(open_file(file)) == ["x"]
+    assert read_metadata(file) == {}
 
 
 def test_tensors_are_views_of_the_mapped_file(tmp_path: Path) -> None:

@@ -94,7 +94,6 @@ HEADERS: dict[str, tuple[Callable[[Path], None], str]] = {
         edit_header(lambda header: header.update({"__metadata__": {"a": {}}})),
         "__metadata__",
     ),
-    "metadata that is null": (edit_header(lambda header: header.update({"__metadata__": None})), "__metadata__"),
     "a pickle": (_raw(lambda content: b"\x80\x02}q\x00." + content), "header"),
     "a page for git LFS": (
         _raw(lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),

@@ -217,7 +217,7 @@ def test_wrong_sources_are_one_line(model_directory: Make, tmp_path: Path) -> No
     error = refused(source, tmp_path / "out")
     assert error.file == str(source / "tokenizer.json")
     (source / "config.json").rename(source / "adapter_config.json")
-    assert "PEFT adapter" in str(refused(source, tmp_path / "out"))
+    assert "this is an adapter" in str(refused(source, tmp_path / "out"))
     (source / "adapter_config.json").unlink()
     (source / "model.gguf").write_bytes(b"")
     assert str(source / "model.gguf") in str(refused(source, tmp_path / "out"))

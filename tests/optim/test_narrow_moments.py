@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from smedjan.backends.torch_reference import RULES as ATEN
 from smedjan.backends.torch_reference.optimizer import dequantize_blocks, quantize_blocks, stochastic_round
-from smedjan.errors import BackendError
+from smedjan.graph.node import Graph
 from smedjan.graph.program import Program
 from smedjan.graph.rewrite import decompose
+from smedjan.ops import optimizer as ops
 from smedjan.ops.optimizer import BLOCK, ZERO, magnitudes, middles
 from smedjan.optim.adamw import AdamW
 from smedjan.optim.base import EIGHT_BIT_FROM, STATES
@@ -190,11 +192,57 @@ def test_training_goes_as_with_float32_state(optimizer):
     assert abs(float(found - plain)) < 0.05 * float(start)
 
 
-def test_mlx_says_what_it_lacks():
-    mlx = backend("mlx_metal")
-    graph = AdamW(state_dtype="8bit").graph(specs("float32"), exact=False, buckets=True)
-    with pytest.raises(BackendError, match="no lowering for the op 'dequantize_blocks'"):
-        mlx.program(decompose(graph, mlx.rules.has))
+def on_mlx(name: str, *arrays: torch.Tensor | int, **attrs: Any) -> tuple[torch.Tensor, ...]:
+    """The op's lowering there: compiled from a graph of that one node."""
+    mlx, oracle = backend("mlx_metal"), backend("torch_reference")
+    graph, given = Graph(), {}
+    for at, array in enumerate(arrays):
+        tensor = isinstance(array, torch.Tensor)
+        raw = oracle.to_raw(array) if tensor else None
+        graph.input(str(at), raw.shape if raw else (), raw.dtype if raw else "int64")
+        given[str(at)] = mlx.from_raw(raw) if raw else array
+    made = getattr(ops, name)(*graph.inputs.values(), **attrs)
+    made = made if isinstance(made, tuple) else (made,)
+    for at, tensor in enumerate(made):
+        graph.output(str(at), tensor)
+    found = mlx.program(graph)(given)
+    return tuple(oracle.from_raw(mlx.to_raw(found[str(at)])) for at in range(len(made)))
+
+
+def bits(array: torch.Tensor) -> torch.Tensor:
+    return array.reshape(-1).view(torch.uint8)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_mlx_has_the_same_codes_to_the_bit(signed):
+    """Values over eight decades, each level, each middle and its neighbours, zeros and the smallest numbers."""
+    generator = torch.Generator().manual_seed(1)
+    edges = torch.tensor([*magnitudes(signed=signed), *middles(signed=signed)])
+    edges = torch.cat([edges, edges.nextafter(torch.zeros(1)), edges.nextafter(torch.ones(1))])
+    edges = torch.nn.functional.pad(edges, (0, -len(edges) % (BLOCK - 1))).reshape(-1, BLOCK - 1)
+    edges = torch.nn.functional.pad(edges, (0, 1), value=1.0).reshape(-1)  # each block's largest is 1
+    drawn = torch.randn(40 * BLOCK, generator=generator) * 10.0 ** (-8 * torch.rand(40 * BLOCK, generator=generator))
+    x = torch.cat([drawn, edges, -edges, torch.zeros(BLOCK), torch.full((BLOCK,), 1e-38)])
+    x = (x if signed else x.abs()).reshape(-1, 2 * BLOCK // 4)
+    for made, expected in zip(
+        on_mlx("quantize_blocks", x, signed=signed), quantize_blocks(x, signed=signed), strict=True
+    ):
+        assert torch.equal(bits(made), bits(expected))
+    codes, absmax = torch.arange(256, dtype=torch.uint8).repeat(3), torch.tensor([1.0, 3e-7, 2e30])
+    [found] = on_mlx("dequantize_blocks", codes, absmax, signed=signed)
+    assert torch.equal(bits(found), bits(dequantize_blocks(codes, absmax, signed=signed)))
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5, 11), (4096,)])
+@pytest.mark.parametrize("seed", [0, 2**31, SEED, 2**63 - 1])
+def test_mlx_rounds_to_the_same_bits(shape, seed):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    [found] = on_mlx("stochastic_round", x, 3, seed, site=5)
+    assert torch.equal(found, stochastic_round(x, 3, seed, site=5))
+    special = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -0x800000, 0x7F7FFFFF, 0], dtype=torch.int32)
+    special = special.view(torch.float32)
+    [found] = on_mlx("stochastic_round", special, 3, seed, site=5)
+    assert torch.equal(bits(found), bits(stochastic_round(special, 3, seed, site=5)))
 
 
 def test_buckets_hold_what_is_alike():

@@ -39,9 +39,7 @@ CHOICES: dict[str, tuple[Optimizer, str]] = {
 }
 CODED = ("muon, 8 bits", "lion, 8 bits")
 """What cuda_triton has no kernels for: AdamW's buckets alone take state of 8 bits there."""
-ROUNDED = ("bfloat16 state", "stochastic", "8 bits", *CODED)
-"""What mlx_metal has no ops for."""
-LACKING = {"cuda_triton": CODED, "mlx_metal": ROUNDED}
+LACKING = {"cuda_triton": CODED}
 CASES = [(choice, on) for choice in CHOICES for on in BACKENDS if choice not in LACKING.get(on, ())]
 
 

@@ -15,7 +15,7 @@ from smedjan.optim import base
 @pytest.mark.parametrize(
     ("state", "rounding", "master"), [("8bit", "stochastic", False), ("bfloat16", "nearest", True)]
 )
-@pytest.mark.parametrize("backend", ["torch_reference", "cpu_native"])
+@pytest.mark.parametrize("backend", ["torch_reference", "cpu_native", "mlx_metal"])
 def test_a_stopped_run_goes_on_to_the_same_bits(configure, monkeypatch, backend, state, rounding, master):
     monkeypatch.setattr(base, "EIGHT_BIT_FROM", 256)
     flags = {"backend": backend, "optim__state": state, "optim__rounding": rounding, "optim__master": master}

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from smedjan.backends.base import Backend
+from smedjan.backends.collective import Collective
 from smedjan.backends.mlx_metal import (  # noqa: F401  (each fills RULES)
     activation,
     attention,
@@ -59,10 +60,12 @@ class MlxProgram(Program):
 
 
 def _array(value: Any) -> mx.array:
-    """A learning rate or step as an array: as a Python number it would be a constant of the compiled program."""
+    """A learning rate, step or seed as an array: as a Python number it would be a constant of the compiled program."""
     if isinstance(value, mx.array):
         return value
-    return mx.array(value, dtype=mx.float32 if isinstance(value, float) else mx.int32)
+    if isinstance(value, float):
+        return mx.array(value, dtype=mx.float32)
+    return mx.array(value, dtype=mx.int32 if value < 2**31 else mx.int64)
 
 
 class MlxBackend(Backend):
@@ -92,6 +95,11 @@ class MlxBackend(Backend):
 
     def synchronize(self, arrays: Mapping[str, mx.array]) -> None:
         mx.eval(dict(arrays))
+
+    def collective(self, *, rank: int, world: int) -> Collective:
+        from smedjan.backends.mlx_metal.collective import MlxCollective
+
+        return MlxCollective(rank=rank, world=world)
 
     def program(self, graph: Graph, pool: Any = None) -> Program:
         """Fused on Metal alone: MLX's CPU build runs a C++ compiler, seconds long, for every kernel it fuses."""

@@ -1,13 +1,16 @@
-"""The update in float32, each output rounded once. Donated inputs come back as fresh arrays."""
+"""The update in float32, each output rounded once; narrower state. Donated inputs come back as fresh arrays."""
 
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import mlx.core as mx
 
 from smedjan.backends.mlx_metal.elementwise import device_scalar, wide
+from smedjan.backends.mlx_metal.random import philox, word
 from smedjan.backends.mlx_metal.table import RULES
+from smedjan.ops.optimizer import BLOCK, ZERO, magnitudes, middles
 
 
 @RULES.rule("accumulate")
@@ -69,3 +72,56 @@ def adamw_update(
     if norm is None:
         return made
     return keep(made[0], param, norm), keep(made[1], exp_avg, norm), keep(made[2], exp_avg_sq, norm)
+
+
+@RULES.rule("stochastic_round")
+def stochastic_round(x: mx.array, step: mx.array | int, seed: mx.array, *, site: int) -> mx.array:
+    count, key = x.size, seed.astype(mx.uint64)
+    index = mx.arange((count + 7) // 8, dtype=mx.uint32)
+    number, last = device_scalar(step, mx.uint32), word(0xFFFFFFFF)
+    halves = (key.astype(mx.uint32), (key >> mx.array(32, dtype=mx.uint64)).astype(mx.uint32))
+    words = mx.stack([*philox((index, word(site), number, last), halves)], axis=-1)
+    chance = mx.stack([words & word(0xFFFF), words >> word(16)], axis=-1).reshape(-1)[:count].reshape(x.shape)
+    bits = (x.view(mx.uint32) + chance) >> word(16)
+    # A carry could make a NaN of another number.
+    return mx.where(mx.isnan(x), word(0x7FC0), bits).astype(mx.uint16).view(mx.bfloat16)
+
+
+@cache
+def _levels(signed: bool) -> mx.array:
+    """What each of the 256 codes stands for."""
+    found = list(magnitudes(signed=signed))
+    return mx.array([-level for level in found[-2:0:-1]] + found if signed else found)
+
+
+@cache
+def _middles(signed: bool) -> mx.array:
+    """Padded to 255, so that eight halvings find a place in them."""
+    found = middles(signed=signed)
+    return mx.array([*found, *[math.inf] * (255 - len(found))])
+
+
+def _below(values: mx.array, x: mx.array) -> mx.array:
+    """How many of 255 ascending `values` are below each of x, by halving: MLX has no searchsorted."""
+    found = mx.zeros(x.shape, dtype=mx.int32)
+    for width in (128, 64, 32, 16, 8, 4, 2, 1):
+        found = mx.where(values[found + (width - 1)] < x, found + width, found)
+    return found
+
+
+@RULES.rule("dequantize_blocks")
+def dequantize_blocks(codes: mx.array, absmax: mx.array, *, signed: bool) -> mx.array:
+    return (_levels(signed)[codes.reshape(-1, BLOCK)] * absmax[:, None]).reshape(codes.shape)
+
+
+@RULES.rule("quantize_blocks")
+def quantize_blocks(x: mx.array, *, signed: bool) -> tuple[mx.array, mx.array]:
+    blocks = x.reshape(-1, BLOCK)
+    absmax = mx.abs(blocks).max(axis=-1)
+    # A product with the reciprocal, by definition; a smaller scale's may be infinite.
+    level = _below(_middles(signed), mx.abs(blocks) * (1.0 / mx.maximum(absmax, 2.0**-126))[:, None])
+    if signed:
+        code = mx.where(blocks < 0, ZERO - mx.minimum(level, ZERO), ZERO + level)
+    else:
+        code = mx.where(blocks > 0, mx.maximum(level, 1), level)
+    return code.astype(mx.uint8).reshape(x.shape), absmax

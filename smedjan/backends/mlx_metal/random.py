@@ -12,7 +12,7 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def _word(value: int) -> mx.array:
+def word(value: int) -> mx.array:
     return mx.array(value, dtype=mx.uint32)
 
 
@@ -32,7 +32,7 @@ def philox(
         hi0, lo0 = _mulhilo(MULTIPLIERS[0], c0)
         hi1, lo1 = _mulhilo(MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
-        k0, k1 = k0 + _word(WEYL[0]), k1 + _word(WEYL[1])
+        k0, k1 = k0 + word(WEYL[0]), k1 + word(WEYL[1])
     return c0, c1, c2, c3
 
 
@@ -41,18 +41,18 @@ def words_of(key: mx.array, shape: tuple[int, ...], site: int) -> mx.array:
     seed_low, seed_high, step, micro = (key[i].astype(mx.uint32) for i in range(4))
     count = math.prod(shape)
     index = mx.arange((count + 3) // 4, dtype=mx.uint32)
-    words = mx.stack([*philox((index, _word(site), step, micro), (seed_low, seed_high))], axis=-1)
+    words = mx.stack([*philox((index, word(site), step, micro), (seed_low, seed_high))], axis=-1)
     return words.reshape(-1)[:count].reshape(shape)
 
 
 @RULES.rule("keep_mask")
 def keep_mask(key: mx.array, *, shape: tuple[int, ...], p: float, site: int) -> mx.array:
-    return ((words_of(key, shape, site) >> _word(8)) >= _word(round(p * 2**24))).astype(mx.float32)
+    return ((words_of(key, shape, site) >> word(8)) >= word(round(p * 2**24))).astype(mx.float32)
 
 
 @RULES.rule("uniform")
 def uniform(key: mx.array, *, shape: tuple[int, ...], bound: float, site: int) -> mx.array:
-    doubled = (words_of(key, shape, site) >> _word(8)).astype(mx.int32) * 2
+    doubled = (words_of(key, shape, site) >> word(8)).astype(mx.int32) * 2
     return (doubled + (1 - 2**24)).astype(mx.float32) * 2.0**-24 * bound
 
 

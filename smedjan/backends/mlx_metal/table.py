@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from smedjan.graph.lowering import RuleTable
 
-RULES = RuleTable("mlx")
+RULES = RuleTable("mlx_metal")

@@ -17,11 +17,13 @@ from mlx_pair import MLX, TORCH, check, from_torch, to_torch
 import smedjan.ops
 from smedjan.backends.mlx_metal import MlxProgram, attention, loss
 from smedjan.checkpoint.raw import RawTensor
+from smedjan.errors import BackendError
 from smedjan.graph.node import Graph
 from smedjan.graph.op import OPS
 from smedjan.graph.rewrite import BACKWARD_OF
 from smedjan.ops.cache import kv_read, kv_write
 from smedjan.ops.elementwise import scale_by
+from smedjan.ops.offload import to_host
 from smedjan.ops.random import keep_mask, uniform
 from smedjan.optim.adamw import AdamW
 
@@ -30,12 +32,14 @@ for _module in pkgutil.iter_modules(smedjan.ops.__path__):
 
 
 LACKING = {
-    *("stochastic_round", "dequantize_blocks", "quantize_blocks", "fp8_rounded"),
-    *("attention_mask", "masked_softmax", "masked_softmax_bwd", "document_bounds", "gather_pages"),
+    *("fp8_rounded", "attention_mask", "masked_softmax", "masked_softmax_bwd", "document_bounds", "gather_pages"),
     *("linear_dw_add", "linear_group_dw_add", "to_host", "from_host", "w8a8_linear"),
 }
-"""What `--optim.state`, `--optim.rounding`, FP8 and `--train.int8-forward` ask for, and what only another backend's
-fusion emits: here an error that names the op."""
+"""What FP8 and `--train.int8-forward` ask for, and what only another backend's fusion emits: here an error that names
+the op."""
+
+ELSEWHERE = {"adamw_update", "stochastic_round", "dequantize_blocks", "quantize_blocks"}
+"""What is held to the same bits in tests/optim/test_narrow_moments.py, and an update."""
 
 
 def decomposed() -> set[str]:
@@ -48,9 +52,17 @@ def test_every_declared_op_has_a_rule():
     assert set(OPS) - MLX.rules.ops() == decomposed() | LACKING
 
 
+def test_an_op_without_a_rule_is_an_error_of_this_backend():
+    graph = Graph()
+    x = graph.input("x", (256,), "float32")
+    graph.output("y", to_host(x))
+    with pytest.raises(BackendError, match="the backend mlx_metal has no lowering for the op 'to_host'"):
+        MLX.program(graph)
+
+
 def test_every_op_is_run_by_a_case():
     run = {call.node.op.name for case in CASES.values() for call in case.program(MLX, "float32").calls}
-    assert set(OPS) - run - CACHE_OPS - {"adamw_update"} == decomposed() | LACKING
+    assert set(OPS) - run - CACHE_OPS - ELSEWHERE == decomposed() | LACKING
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
