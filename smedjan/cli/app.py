@@ -14,7 +14,7 @@ from smedjan.cli.chat import chat
 from smedjan.cli.data import inspect
 from smedjan.cli.doctor_command import doctor
 from smedjan.cli.evaluate import evaluate
-from smedjan.cli.export_gguf import export_gguf
+from smedjan.cli.export import export
 from smedjan.cli.families import families
 from smedjan.cli.finetune import finetune
 from smedjan.cli.generate import generate
@@ -32,7 +32,7 @@ from smedjan.train.processes import first
 
 VERBS: dict[str, Callable[..., Outcome]] = {
     "import": import_model,
-    "export": export_gguf,
+    "export": export,
     "parity": parity,
     "families": families,
     "finetune": finetune,

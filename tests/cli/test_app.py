@@ -25,7 +25,7 @@ KNOBS = {
 # Names here are fixed: add freely, change only with a deprecation
 FLAGS = {
     "import": {"--dtype", "--ignore-key", "--max-shard-size"},
-    "export": {"--type", "--ignore-key"},
+    "export": {"--to", "--type", "--bits", "--group-size", "--ignore-key"},
     "parity": {"--attention", "--dtype", "--html", "--length"},
     "families": {"--family", "--markdown"},
     "finetune": {

@@ -157,7 +157,7 @@ def test_types_of_the_command_are_those_of_the_export() -> None:
     from typing import get_args
 
     from smedjan.checkpoint.gguf_mixture import FILE_TYPES
-    from smedjan.cli.export_gguf import FileType
+    from smedjan.cli.export import FileType
 
     assert get_args(FileType) == FILE_TYPES
 
