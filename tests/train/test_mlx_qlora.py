@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import smedjan
 from smedjan.backends.mlx_metal import quantized as rules
 from smedjan.checkpoint.dtype import convert
+from smedjan.cli import app
 from smedjan.errors import SmedjanError
 from smedjan.hf.export_mlx import export_mlx
 from smedjan.hf.import_model import import_model
@@ -144,3 +145,22 @@ def test_what_does_not_go_with_it_is_said_at_once(flags, field, base, configure,
     assert raised.value.field == field
     assert raised.value.remedy
     assert not (tmp_path / "run").exists()
+
+
+def test_its_plans_are_of_the_codes(base, configure, capsys):
+    """`graph`, of a step and of a new token, and `--dry-run`."""
+    for words in (["--method", "qlora"], ["--decode"]):
+        assert app.run(["graph", str(base), "--plan", "--json", "--backend", "torch_reference", *words]) == 0
+        said = {row["op"] for row in json.loads(capsys.readouterr().out)["ops"]}
+        assert {"affine_dequantize", "affine_embedding"} <= said
+    assert app.run(["graph", str(base), "--json", "--backend", "torch_reference"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["field"] == "method"
+    for on in ("torch_reference", "cpu_native", "mlx_metal"):
+        plan = smedjan.plan(configure(**QLORA, model=str(base), backend=on, dry_run=True))
+        assert "affine_dequantize" in {row["op"] for row in plan.ops}
+        assert plan.planned_bytes > 0
+
+
+def test_parity_asks_for_the_widened_weights(base):
+    with pytest.raises(SmedjanError, match="import it first"):
+        smedjan.parity(base)
