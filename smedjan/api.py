@@ -121,7 +121,11 @@ class Model:
         made = _batch(batch["input_ids"], batch.get("attention_mask"), batch["labels"], self.session.config.vocab_size)
         if made.trained_tokens == 0:
             raise DataError("no token is trained", field="labels", remedy="give a label other than -100")
-        names = list(self.session.parameters) if wrt is None else list(wrt)
+        frozen = {f"{name}.{suffix}" for name in self.session.affine for suffix in ("affine", "scales", "biases")}
+        names = [name for name in self.session.parameters if name not in frozen] if wrt is None else list(wrt)
+        for name in names:
+            if name in frozen or name in self.session.affine:
+                raise ConfigError(f"{name!r} is in few bits and has no gradient", field="wrt", remedy="leave it out")
         loss, grads = self.session.micro(made, names, num_items=made.trained_tokens)
         to_raw = self.session.backend.to_raw
         return float(_numpy(to_raw(loss))), {name: _numpy(to_raw(grads[name])) for name in names}
@@ -158,6 +162,8 @@ class Model:
         """A new model directory in Hugging Face's layout. An adapter is merged in first with `smedjan.merge`."""
         if self.session.int8:
             raise ConfigError("the model is in 8 bits", field="path", remedy="load it without quantize")
+        if self.session.affine:
+            raise ConfigError("the model is in few bits", field="path", remedy="write it with smedjan export --to mlx")
         if self.session.lora is not None:
             raise ConfigError("the model has an adapter", field="path", remedy="write it with smedjan.merge")
         weights = {name: self.session.backend.to_raw(array) for name, array in self.session.parameters.items()}

@@ -231,11 +231,12 @@ def _start_writing_back(file: BinaryIO, last: int) -> None:
 def open_checkpoint(directory: Path) -> LazyTensors:
     """The weights in a model directory, mapped and read on demand."""
     single, index = directory / SINGLE, directory / INDEX
-    if single.is_file() and index.is_file():
+    # mlx-lm writes an index of a single file too.
+    if single.is_file() and index.is_file() and set(read_weight_map(index).values()) != {SINGLE}:
         raise CheckpointError(
             f"both {SINGLE} and {INDEX} are there", file=directory, remedy="remove the one that is out of date"
         )
-    if single.is_file():
+    if single.is_file() and not index.is_file():
         return open_file(single)
     if index.is_file():
         return open_shards(directory, index)

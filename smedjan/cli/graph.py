@@ -72,7 +72,11 @@ def graph(
         raise ConfigError("is for decoding", field="quantize", remedy="give --decode too")
     if decode:
         int8 = quantize is not None
-        programs = [decoding_of(files.config, backend, dtype=chosen, length=length, attention=attention, int8=int8)]
+        programs = [
+            decoding_of(
+                files.config, backend, dtype=chosen, length=length, attention=attention, int8=int8, affine=files.affine
+            )
+        ]
     else:
         programs = step_of(
             files.config,
@@ -86,6 +90,7 @@ def graph(
             fp8=fp8,
             int8_forward=int8_forward,
             memory=None if memory is None else parse_size(memory, "memory"),
+            affine=files.affine,
         )
     program = programs[0]
     ops = [row for each in programs for row in each.lowerings()]

@@ -34,7 +34,7 @@ CHEAP = VIEWS | {
     *("rms_norm", "layer_norm", "glu", "silu", "gelu", "gelu_new", "relu", "relu2", "tanh"),
     *("add", "sub", "mul", "scale", "divide", "add_scalar", "square", "power", "rsqrt", "_cast"),
     *("rope", "qk_norm_rope", "rope_tables", "concat", "take_rows", "embedding"),
-    *("keep_mask", "dropout", "document_bounds", "nf4_dequantize", "int8_dequantize", "div"),
+    *("keep_mask", "dropout", "document_bounds", "nf4_dequantize", "int8_dequantize", "affine_dequantize", "div"),
 }
 """Ops that wait for memory, not for arithmetic."""
 

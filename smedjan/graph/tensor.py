@@ -16,6 +16,7 @@ ITEMSIZE = {
     "float16": 2,
     "int64": 8,
     "int32": 4,
+    "uint32": 4,
     "int8": 1,
     "uint8": 1,
     "bool": 1,

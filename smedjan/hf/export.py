@@ -76,6 +76,13 @@ def fill_directory(
     assert shapes == expected, f"not the model's parameters: {sorted(shapes.items() ^ expected.items())[:4]}"
     assert all(spec.dtype == config["dtype"] for spec in specs.values()), f"not all {config['dtype']}"
     digests = save_sharded(directory, as_stored(tensors, model), max_shard_bytes)
+    put_along(directory, files_from, extra_files)
+    write_atomic(directory / "config.json", json_bytes(dict(config)))
+    return digests
+
+
+def put_along(directory: Path, files_from: Path | None, extra_files: Mapping[str, bytes] | None = None) -> None:
+    """Copies what goes along with the weights, and writes what was made for that."""
     if files_from is not None and files_from.resolve() != directory.resolve():
         for path in files_along(files_from):
             with write_errors(directory / path):
@@ -85,8 +92,6 @@ def fill_directory(
             write_atomic(directory / path, content)
     for name, made in (extra_files or {}).items():
         write_atomic(directory / name, made)
-    write_atomic(directory / "config.json", json_bytes(dict(config)))
-    return digests
 
 
 def as_stored(tensors: Mapping[str, RawTensor], config: DecoderConfig) -> Mapping[str, RawTensor]:

@@ -29,6 +29,7 @@ from smedjan.hf.beside import check_generation_config, check_tokenizer, instead_
 from smedjan.hf.export import complete_config, files_along, fill_directory, json_bytes
 from smedjan.hf.gguf_tokenizer import tokenizer_from_gguf
 from smedjan.hf.hub import Say, download, is_hub_id, published_sha256
+from smedjan.hf.mlx_format import Quantization, joined, kinds, take_quantization
 from smedjan.hf.tokenizer_convert import convert_tokenizer
 from smedjan.models.config import read_json_object
 from smedjan.models.decoder_config import DecoderConfig
@@ -61,7 +62,7 @@ class ImportReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model as it lies there: `config` is a config.json, `file` where it stands."""
+    """A model as it lies there: `config` is a config.json, `file` where it stands; `mlx` what mlx-lm added to it."""
 
     config: dict[str, Any]
     file: Path
@@ -70,6 +71,7 @@ class Source:
     extra_files: dict[str, bytes]
     quantization: dict[str, int] | None
     notes: list[str]
+    mlx: Quantization | None = None
 
 
 def import_model(
@@ -97,6 +99,11 @@ def import_model(
     read = read_source(source, ignored, say)
     config = read_config(read.config, read.file, ignored)
     tensors, unexpected = match_tensors(read, config)
+    quantization = read.quantization
+    if read.mlx is not None:
+        quantization = kinds(tensors.entries)
+        counted = ", ".join(f"{count} of {kind}" for kind, count in sorted(quantization.items()))
+        read.notes.append(f"dequantized {counted}")
     stored = _stored_dtype(tensors, read, dtype)
     target = dtype or stored
     _note_dtypes(read, stored, target)
@@ -141,7 +148,7 @@ def import_model(
         model_type=config.model_type,
         parameters=sum(entry.spec.numel for entry in tensors.entries.values()),
         dtype=target,
-        source_quantization=read.quantization,
+        source_quantization=quantization,
         missing=(),
         unexpected=unexpected,
         tied=config.tied(),
@@ -176,14 +183,16 @@ def read_source(source: str | Path, ignore_keys: tuple[str, ...], say: Say = lam
     file = path / "config.json"
     if not file.is_file():
         raise instead_of_config(path)
+    config, mlx = take_quantization(read_json_object(file), file)
     return Source(
-        config=read_json_object(file),
+        config=config,
         file=file,
         tensors=open_checkpoint(path),
         files_from=path,
         extra_files={},
         quantization=None,
         notes=notes,
+        mlx=mlx,
     )
 
 
@@ -207,6 +216,8 @@ def match_tensors(read: Source, config: DecoderConfig) -> tuple[LazyTensors, tup
     ignored; a difference is a CheckpointError."""
     shapes, tied = config.parameter_shapes(), config.tied()
     entries = _renamed(read, config, {*shapes, *tied})
+    if read.mlx is not None:
+        entries = joined(entries, read.mlx, config, read.file)
     # Positions and masks are computed from the config; older checkpoints carry them too.
     buffers = tuple(name for name in entries if re.fullmatch(config.buffers, name))
     if buffers:

@@ -11,6 +11,7 @@ from typing import Any
 from smedjan.backends.base import Array, Backend
 from smedjan.checkpoint import int8 as eight
 from smedjan.checkpoint import stored
+from smedjan.checkpoint.affine import BIASES, SCALES, WEIGHT, AffineTensor, affine_of
 from smedjan.checkpoint.dtype import convert
 from smedjan.checkpoint.raw import RawTensor, specs_of
 from smedjan.errors import CheckpointError, ConfigError
@@ -21,6 +22,7 @@ from smedjan.hf.peft import base_of, read_adapter, tensors_of
 from smedjan.hf.whole_modules import laid_over, replaced, saved_names
 from smedjan.models.decoder_config import DecoderConfig
 from smedjan.models.registry import read_config
+from smedjan.ops.quantized import Affine
 from smedjan.passes.lora import Lora
 from smedjan.runtime.session import Session
 
@@ -42,6 +44,11 @@ class ModelFiles:
     tensors: Mapping[str, RawTensor]
     dtype: str
     own_tokenizer: Path | None = None
+
+    @property
+    def affine(self) -> dict[str, Affine]:
+        """The weights that are stored in MLX's format, and how."""
+        return {n: Affine(bits=t.bits, group_size=t.group_size) for n, t in affine_of(self.tensors).items()}
 
     @property
     def tokenizer_path(self) -> Path:
@@ -137,9 +144,21 @@ def open_session(
     codes = files.config.eight_bit_weights() if int8 else ()
     if int8 and adapter is not None:
         raise ConfigError("goes with no adapter", field="quantize", remedy=MERGE_FIRST)
+    held = affine_of(files.tensors)
+    if held and (quantized or int8):
+        raise ConfigError(
+            "the weights are in few bits already",
+            file=files.path,
+            field="quantize" if int8 else "lora.bits",
+            remedy="leave it out, or write them out first: smedjan import",
+        )
     parameters = {}
     squares = missed = 0.0
-    for name, tensor in files.tensors.items():
+    for name in files.tensors:
+        if name in held:
+            parameters.update(_affine_arrays(backend, name, held[name], chosen))
+            continue
+        tensor = files.tensors[name]
         if name in codes:
             parts, size, off = eight.quantize(tensor)
             squares, missed = squares + size, missed + off
@@ -160,11 +179,22 @@ def open_session(
         quantized=narrow,
         storage=quantized or "nf4",
         int8=codes,
+        affine=files.affine,
     )
     session.quantization_error = sqrt(missed / squares) if squares else 0.0
     if adapter is not None:
         session.use(*open_adapter(files, backend, adapter))
     return session
+
+
+def _affine_arrays(backend: Backend, name: str, tensor: AffineTensor, dtype: str) -> dict[str, Array]:
+    """NAME.affine, NAME.scales and NAME.biases, the latter two in `dtype`."""
+    made = {}
+    for part, suffix in ((WEIGHT, "affine"), (SCALES, SCALES), (BIASES, BIASES)):
+        raw = tensor.stored[part].load()
+        made[f"{name}.{suffix}"] = backend.from_raw(raw if part == WEIGHT else convert(raw, dtype))
+        raw.drop_pages()
+    return made
 
 
 def checked_adapter(files: ModelFiles, directory: Path) -> tuple[Lora, dict[str, RawTensor]]:

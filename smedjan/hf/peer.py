@@ -67,6 +67,10 @@ class Peer:
             raise BackendError(
                 "transformers needs a model directory", file=files.path, remedy="smedjan import it first"
             )
+        if files.affine:
+            raise BackendError(
+                "transformers reads none of MLX's few bits", file=files.path, remedy="smedjan import it first"
+            )
         model = AutoModelForCausalLM.from_pretrained(
             files.path, dtype=getattr(torch, dtype), attn_implementation="eager", local_files_only=True
         )

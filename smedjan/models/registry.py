@@ -93,7 +93,7 @@ def read_config(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = (
                 "quantized weights are not supported here",
                 file=file,
                 field=key,
-                remedy="import the unquantized model, or a .gguf file, which is dequantized",
+                remedy="import the unquantized model, one in MLX's affine format, or a .gguf file",
             )
     if data.get("auto_map") is not None and "auto_map" not in ignored:
         raise ConfigError(

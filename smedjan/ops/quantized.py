@@ -1,12 +1,14 @@
-"""Weights of 4 and 8 bits. They are frozen: products with them have a gradient to x alone.
+"""Weights of 2 to 8 bits. They are frozen: products with them have a gradient to x alone.
 
 NF4 is bitsandbytes' format, written down in `checkpoint/nf4.py`: codes, a scale for each BLOCK values, and a scale and
-an offset for those scales. int8 (`checkpoint/int8.py`) has a scale for each row.
+an offset for those scales. int8 (`checkpoint/int8.py`) has a scale for each row. Affine
+(`checkpoint/affine.py`) is MLX's, with a scale and a bias for each group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import prod
 
 from smedjan.graph.op import op, require
@@ -158,3 +160,88 @@ def int8_embedding(input_ids: Tensor, codes: Tensor, scale: Tensor, *, dtype: st
 @int8_embedding.decompose
 def _(input_ids, codes, scale, *, dtype):
     return embedding(input_ids, int8_dequantize(codes, scale, dtype=dtype))
+
+
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+AFFINE_GROUPS = (32, 64, 128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Affine:
+    """How MLX holds a weight in few bits: each `group_size` values of a row share a scale and a bias."""
+
+    bits: int
+    group_size: int
+
+    def specs(self, shape: tuple[int, ...], dtype: str) -> dict[str, Spec]:
+        """What a weight of that shape is stored as, by the suffix of its name; scales are in the model's dtype."""
+        rows, columns = shape
+        scales = Spec((rows, columns // self.group_size), dtype)
+        return {"affine": Spec((rows, columns * self.bits // 32), "uint32"), "scales": scales, "biases": scales}
+
+
+def _affine_shape(codes: Tensor, scales: Tensor, biases: Tensor, bits: int, group_size: int) -> tuple[int, int]:
+    require(bits in AFFINE_BITS and group_size in AFFINE_GROUPS, f"affine: {bits} bits, groups of {group_size}")
+    require(codes.ndim == 2 and scales.ndim == 2, f"affine: codes {codes.shape}, scales {scales.shape}")
+    shape = scales.shape[0], scales.shape[1] * group_size
+    specs = Affine(bits=bits, group_size=group_size).specs(shape, scales.dtype)
+    require([t.spec for t in (codes, scales, biases)] == list(specs.values()), f"affine: {codes}, {scales}, {biases}")
+    return shape
+
+
+@op(cost=lambda node: 2 * node.outputs[0].numel, remade=True)
+def affine_dequantize(codes: Tensor, scales: Tensor, biases: Tensor, *, bits: int, group_size: int) -> Spec:
+    """w = scale * code + bias, as `mx.dequantize` has it
+
+    codes uint32 [O, I * bits / 32]: each row a stream of bits, the lowest first; scales, biases [O, I / group_size] ->
+    w [O, I] in their dtype. The code (exact in any), the product and the sum are each rounded to that dtype.
+    """
+    return Spec(_affine_shape(codes, scales, biases, bits, group_size), scales.dtype)
+
+
+@op(cost=_flops)
+def affine_linear(
+    x: Tensor, codes: Tensor, scales: Tensor, biases: Tensor, bias: Tensor | None = None, *, bits: int, group_size: int
+) -> Spec:
+    """y = x w^T + b       x [..., I], w [O, I] as `affine_dequantize` gives it, b [O] -> y [..., O]"""
+    rows, columns = _affine_shape(codes, scales, biases, bits, group_size)
+    require(x.shape[-1] == columns and x.dtype == scales.dtype, f"affine_linear: weight [{rows}, {columns}] for {x}")
+    return x.like(shape=(*x.shape[:-1], rows))
+
+
+@affine_linear.decompose
+def _(x, codes, scales, biases, bias=None, *, bits, group_size):
+    return linear(x, affine_dequantize(codes, scales, biases, bits=bits, group_size=group_size), bias)
+
+
+@affine_linear.vjp
+def _(dys, ins, outs, needs, acc, *, bits, group_size):
+    dx = affine_linear_dx(dys[0], *ins[1:4], bits=bits, group_size=group_size) if needs[0] else None
+    return dx, None, None, None, bias_grad(dys[0]) if needs[4] else None
+
+
+@op(cost=lambda node: 2 * node.inputs[0].numel * node.outputs[0].shape[-1])
+def affine_linear_dx(dy: Tensor, codes: Tensor, scales: Tensor, biases: Tensor, *, bits: int, group_size: int) -> Spec:
+    """dx = dy w       dy [..., O], w [O, I] as `affine_dequantize` gives it -> dx [..., I]"""
+    rows, columns = _affine_shape(codes, scales, biases, bits, group_size)
+    require(dy.shape[-1] == rows and dy.dtype == scales.dtype, f"affine_linear_dx: weight [{rows}, {columns}] for {dy}")
+    return dy.like(shape=(*dy.shape[:-1], columns))
+
+
+@affine_linear_dx.decompose
+def _(dy, codes, scales, biases, *, bits, group_size):
+    return linear_dx(dy, affine_dequantize(codes, scales, biases, bits=bits, group_size=group_size))
+
+
+@op
+def affine_embedding(
+    input_ids: Tensor, codes: Tensor, scales: Tensor, biases: Tensor, *, bits: int, group_size: int
+) -> Spec:
+    """y = w[input_ids]       input_ids [B, T], w [V, D] as `affine_dequantize` gives it -> y [B, T, D]"""
+    _, columns = _affine_shape(codes, scales, biases, bits, group_size)
+    return scales.like(shape=(*input_ids.shape, columns))
+
+
+@affine_embedding.decompose
+def _(input_ids, codes, scales, biases, *, bits, group_size):
+    return embedding(input_ids, affine_dequantize(codes, scales, biases, bits=bits, group_size=group_size))

@@ -27,7 +27,7 @@ from smedjan.ops.shape import split
 Has = Callable[[str], bool]
 New = Callable[[Tensor], Tensor]
 
-MADE = ("nf4_dequantize", "int8_dequantize")
+MADE = ("nf4_dequantize", "int8_dequantize", "affine_dequantize")
 """What makes weights in the graph, of fewer bits."""
 
 

@@ -21,7 +21,7 @@ from smedjan.graph.tensor import Tensor
 from smedjan.ops.elementwise import add, add_scalar, cast, div, mul, reshape, scale, sub
 from smedjan.ops.linear import conv1d, linear, transpose_last
 from smedjan.ops.lora import dora_norm, lora_linear
-from smedjan.ops.quantized import STORED, int8_dequantize, nf4_dequantize
+from smedjan.ops.quantized import STORED, affine_dequantize, int8_dequantize, nf4_dequantize
 from smedjan.ops.random import dropout
 
 DTYPE = "float32"
@@ -182,12 +182,12 @@ def _stretched(y: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
 
 def _module(node: Node) -> str | None:
     weight = node.inputs[1] if node.op in (linear, conv1d) else None
-    if weight is not None and weight.node.op in (nf4_dequantize, int8_dequantize):
+    if weight is not None and weight.node.op in (nf4_dequantize, int8_dequantize, affine_dequantize):
         weight = weight.node.inputs[0]
     if weight is None or weight.node.op is not INPUT:
         return None
     name = str(weight.node.attrs["name"])
-    for storage in STORED:
+    for storage in (*STORED, "affine"):
         name = name.removesuffix(f".{storage}")
     return name.removesuffix(".weight")
 

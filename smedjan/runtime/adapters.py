@@ -10,7 +10,6 @@ from smedjan.ops.elementwise import div
 from smedjan.ops.linear import transpose_last
 from smedjan.ops.lora import dora_norm
 from smedjan.passes.lora import DTYPE, a_name, b_name, factor_name, magnitude_name, module_of
-from smedjan.passes.quantize import quantize
 
 if TYPE_CHECKING:
     from smedjan.runtime.session import Session
@@ -51,5 +50,5 @@ def _of_norms(session: Session, *, divided: bool) -> dict[str, Array]:
                 graph.output(factor_name(module), div(magnitude, norm))
             else:
                 graph.output(name, norm)
-        session.norms[key] = session.finish(quantize(graph, session.quantized, session.storage))
+        session.norms[key] = session.finish(session.narrow(graph))
     return dict(session.norms[key](session.parameters))

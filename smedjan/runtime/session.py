@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,8 @@ from smedjan.models.decoder import Decoder, Form
 from smedjan.models.decoder_config import DecoderConfig
 from smedjan.ops.loss import GRADIENTS_IN_FORWARD
 from smedjan.ops.optimizer import accumulate as accumulate_op
-from smedjan.ops.quantized import STORED, int8_specs
+from smedjan.ops.quantized import STORED, Affine, affine_linear, int8_specs
+from smedjan.passes.affine import affine, read_codes
 from smedjan.passes.fp8 import fp8
 from smedjan.passes.int8 import int8
 from smedjan.passes.lora import DTYPE as ADAPTER_DTYPE
@@ -43,7 +44,7 @@ class Session:
 
     memory, reserved  bytes of the device (None: all there is), and those of them that programs leave alone
     `quantized` names the weights that are held in fewer bits, each as the arrays of `STORED[storage]`; `int8` those
-    that are held as `int8_specs`, for inference alone.
+    that are held as `int8_specs`, for inference alone; `affine` those that the model's files hold in MLX's format.
     fp8     training takes the products of the blocks' linear layers of 8-bit floats. What measures or uses the model
             does not: its weights stay as they are stored, and others compute with them in their dtype
     w8a8    names of frozen weights whose products in training's forward pass are of 8-bit integers; their codes lie
@@ -64,6 +65,7 @@ class Session:
     storage: str = "nf4"
     fp8: bool = False
     int8: tuple[str, ...] = ()
+    affine: Mapping[str, Affine] = field(default_factory=dict)
     w8a8: tuple[str, ...] = ()
     z_loss: float = 0.0
     label_smoothing: float = 0.0
@@ -101,6 +103,11 @@ class Session:
             for name in names
             for suffix, spec in STORED[storage](base.pop(name)).items()
         }
+        stored |= {
+            f"{name}.{suffix}": (spec.shape, spec.dtype)
+            for name, held in self.affine.items()
+            for suffix, spec in held.specs(base.pop(name), self.dtype).items()
+        }
         coded = {
             f"{name}.{suffix}": (spec.shape, spec.dtype)
             for name in self.w8a8
@@ -130,7 +137,7 @@ class Session:
 
     def forward(self, decoder: Decoder, *, train: bool = False) -> Graph:
         """The declared graph with adapters, decomposed already where the backend is exact. Dropout is for training."""
-        graph = quantize(decoder.graph, self.quantized, self.storage) if self.quantized else decoder.graph
+        graph = self.narrow(decoder.graph)
         if self.int8:
             assert not train, "8-bit weights are for inference"
             graph = int8(graph, self.int8)
@@ -145,9 +152,16 @@ class Session:
             return decompose(w8a8(graph, coded), has)
         if self.quantized and not train:
             graph = fuse(graph)
+        if self.affine and affine_linear.name in self.backend.rules.ops():
+            graph = read_codes(graph)
         graph = w8a8(self.backend.fuse(graph), coded)
         # Its gradient is what it saved in the forward: what no rule saves is taken apart before it is differentiated.
         return decompose(graph, lambda node: node.op not in GRADIENTS_IN_FORWARD or has(node))
+
+    def narrow(self, graph: Graph) -> Graph:
+        """The graph over the weights as they are held in fewer bits, if they are."""
+        graph = quantize(graph, self.quantized, self.storage) if self.quantized else graph
+        return affine(graph, self.affine) if self.affine else graph
 
     def finish(self, graph: Graph, *, smallest: bool = False) -> Program:
         """`cse` is safe on both kinds: equal pure nodes have equal bits."""

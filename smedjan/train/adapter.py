@@ -54,7 +54,7 @@ def first_magnitudes(session: Session, group: Collective | None) -> Mapping[str,
 
 def trained_on(config: FinetuneConfig, files: ModelFiles) -> dict[str, str]:
     """What `hf/trained.py` reads: empty where the base was as it is stored."""
-    if config.storage is None:
+    if config.storage is None or files.affine:
         return {}
     said = {"storage": config.storage, "dtype": config.dtype or files.dtype}
     return said if config.lora.init == "random" else {**said, "start": "pissa"}

@@ -46,6 +46,31 @@ EIGHT_BITS = (fp8.FP8, int8_forward.INT8_FORWARD)
 """Products of 8 bits that a run can ask for."""
 
 
+IMPORT_FIRST = "write the weights out first: smedjan import DIR OUT"
+
+
+def check_affine(config: FinetuneConfig, files: ModelFiles) -> None:
+    """What goes with a base in MLX's format: adapters beside its codes, which stay as they are."""
+    if config.method != "qlora":
+        raise ConfigError(
+            f"{files.path.name} holds its weights in few bits: not for the method {config.method}",
+            field="method",
+            remedy=f"give --method qlora, or {IMPORT_FIRST}",
+        )
+    if config.lora.bits != 4:  # the default, which is not told from a 4 that was given
+        raise ConfigError(
+            f"is {config.lora.bits}, and the base is in few bits already", field="lora.bits", remedy="leave it out"
+        )
+    if config.lora.init != "random":
+        raise ConfigError(
+            f"{config.lora.init} takes its start out of the weights, which are in few bits",
+            field="lora.init",
+            remedy=f"leave it out, or {IMPORT_FIRST}",
+        )
+    if config.train.new_tokens is not None:
+        raise ConfigError("needs new rows of a table in few bits", field="train.new_tokens", remedy=IMPORT_FIRST)
+
+
 class Finetune:
     """The parts of a run, made and checked before anything is written."""
 
@@ -55,6 +80,8 @@ class Finetune:
         self.stored: ModelFiles = open_model(config.model)
         self.files = self.stored
         self.backend = select_backend(config.backend)
+        if self.files.affine:
+            check_affine(config, self.files)
         with going_on(config.resume):
             self._check_eight_bits()
         self.tokenizer = load_tokenizer(self.files.path)
@@ -121,6 +148,11 @@ class Finetune:
         if config.train.int8_forward:
             int8_forward.check(self.backend, model.config, method=config.method, field="train.int8_forward")
 
+    @property
+    def storage(self) -> str | None:
+        """What the run holds weights as; None: as they are stored, be that in few bits."""
+        return None if self.files.affine else self.config.storage
+
     def _add_tokens(self, tokens: tuple[str, ...]) -> None:
         self.tokenizer, ids = new_tokens.with_tokens(self.tokenizer, tokens)
         self.tokenizer_files = new_tokens.tokenizer_files(self.tokenizer, tokens, ids)
@@ -131,7 +163,13 @@ class Finetune:
         model = self.files.config
         asked = parameters_named(self.config.lora.modules_to_save or (), model, "lora.modules_to_save")
         grown = (model.embedding, model.head) if self.tokenizer_files else ()
-        return tuple(name for name in dict.fromkeys((model.embedding, model.head)) if name in (*asked, *grown))
+        whole = tuple(name for name in dict.fromkeys((model.embedding, model.head)) if name in (*asked, *grown))
+        for name in whole:
+            if name in self.stored.affine:
+                raise ConfigError(
+                    f"{name} is in few bits, which are not trained", field="lora.modules_to_save", remedy=IMPORT_FIRST
+                )
+        return whole
 
     @property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -165,7 +203,7 @@ class Finetune:
             self.backend,
             dtype=config.dtype,
             attention=config.train.attention,
-            quantized=config.storage,
+            quantized=self.storage,
         )
         self._set(session)
         if config.train.int8_forward:
@@ -187,8 +225,9 @@ class Finetune:
             {},
             computed_dtype(self.files, config.dtype),
             attention=config.train.attention,
-            quantized=model.linear_weights() if config.storage else (),
-            storage=config.storage or "nf4",
+            quantized=model.linear_weights() if self.storage else (),
+            storage=self.storage or "nf4",
+            affine=self.files.affine,
         )
         self._set(session)
         return Outline(session=session, names=self.trained, optimizer=self._optimizer())

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from smedjan.backends.base import Backend
 from smedjan.checkpoint.raw import specs_of
-from smedjan.errors import BackendError
+from smedjan.errors import BackendError, ConfigError
 from smedjan.graph.op import Cost
 from smedjan.graph.program import Program
 from smedjan.hf.hub import Say
 from smedjan.models.decoder import Form
 from smedjan.models.decoder_config import DecoderConfig
+from smedjan.ops.quantized import Affine
 from smedjan.optim.adamw import AdamW
 from smedjan.passes.lora import Lora
 from smedjan.runtime.session import Session, fills_window
@@ -76,6 +78,7 @@ def step_of(
     memory: int | None = None,
     fp8: bool = False,
     int8_forward: bool = False,
+    affine: Mapping[str, Affine] | None = None,
 ) -> list[Program]:
     """The programs of a training step of a model, every parameter and row trained or (LoRA, of rank 16) adapters beside
     all linear layers: micro-batch and update. `method` None: logits alone. Nothing is read or computed."""
@@ -91,6 +94,7 @@ def step_of(
         memory=memory,
         fp8=fp8,
         int8_forward=int8_forward,
+        affine=affine,
     )
     if method is None:
         return [outline.session.logits_program(form)]
@@ -113,6 +117,7 @@ def outline_of(
     memory: int | None = None,
     fp8: bool = False,
     int8_forward: bool = False,
+    affine: Mapping[str, Affine] | None = None,
 ) -> tuple[Outline, Form]:
     """What `step_of` makes programs of: the run without its arrays, and the form of its micro-batch."""
     if fp8:
@@ -122,7 +127,11 @@ def outline_of(
     lora = None
     if method in ("lora", "qlora"):
         lora = Lora(rank=16, alpha=32.0, dropout=0.0, targets=config.linear_layers(), transposed=config.conv1d)
-    quantized = config.linear_weights() if method == "qlora" else ()
+    if affine and method not in ("qlora", None):
+        raise ConfigError(
+            f"is {method}, of a base in few bits", field="method", remedy="give qlora, or import it first"
+        )
+    quantized = config.linear_weights() if method == "qlora" and not affine else ()
     session = Session(
         backend,
         config,
@@ -132,6 +141,7 @@ def outline_of(
         lora=lora,
         memory=memory,
         quantized=quantized,
+        affine=affine or {},
         fp8=fp8,
         w8a8=config.linear_weights() if int8_forward else (),
     )
@@ -150,10 +160,20 @@ def outline_of(
 
 
 def decoding_of(
-    config: DecoderConfig, backend: Backend, *, dtype: str, length: int, attention: str = "sdpa", int8: bool = False
+    config: DecoderConfig,
+    backend: Backend,
+    *,
+    dtype: str,
+    length: int,
+    attention: str = "sdpa",
+    int8: bool = False,
+    affine: Mapping[str, Affine] | None = None,
 ) -> Program:
     """The program of one new token over a cache of `length` places, as `generate` runs it."""
-    session = Session(backend, config, {}, dtype, attention=attention, int8=config.eight_bit_weights() if int8 else ())
+    if int8 and affine:
+        raise ConfigError("the weights are in few bits already", field="quantize", remedy="leave it out")
+    codes = config.eight_bit_weights() if int8 else ()
+    session = Session(backend, config, {}, dtype, attention=attention, int8=codes, affine=affine or {})
     form = Form(batch=1, seq=1, dtype=dtype, attention=attention, capacity=length, rows=0 if backend.exact else 1)
     return session.logits_program(form)
 

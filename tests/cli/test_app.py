@@ -25,7 +25,7 @@ KNOBS = {
 # Names here are fixed: add freely, change only with a deprecation
 FLAGS = {
     "import": {"--dtype", "--ignore-key", "--max-shard-size"},
-    "export": {"--format", "--type", "--adapter", "--ignore-key"},
+    "export": {"--to", "--type", "--bits", "--group-size", "--adapter", "--ignore-key"},
     "parity": {"--attention", "--dtype", "--html", "--length"},
     "families": {"--family", "--markdown"},
     "finetune": {

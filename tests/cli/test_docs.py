@@ -142,6 +142,11 @@ TRAIN = ["finetune", "--model", "downloaded", "--data", "rows.jsonl", "--train.s
             False,
         ),
         (
+            ["export", "downloaded", "json-mlx", "--to", "mlx", "--group-size", "32"],
+            {"out", "model_type", "bits", "group_size", "parameters", "bytes", "types", "files", "notes"},
+            False,
+        ),
+        (
             ["parity", "downloaded", "--dtype", "float32", "--attention", "eager"],
             {"model_type", "layers", "cases", "skipped", "html"},
             True,
@@ -166,6 +171,7 @@ TRAIN = ["finetune", "--model", "downloaded", "--data", "rows.jsonl", "--train.s
         "eval",
         "import",
         "export",
+        "export to mlx",
         "parity",
         "families",
         "data inspect",

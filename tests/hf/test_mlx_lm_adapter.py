@@ -205,7 +205,7 @@ def test_a_run_and_the_commands(model_directory, tmp_path, capsys):
     flags = {"model": base, "data": str(rows), "out": run, "method": "lora", "backend": "torch_reference"}
     flags |= {"lora.rank": RANK, "lora.last_layers": 1, "train.steps": 3, "optim.lr": 5e-2}
     smedjan.finetune(FinetuneConfig.from_toml(None, flags))
-    assert app.run(["export", run, out, "--format", "mlx-lm", "--json"]) == 0
+    assert app.run(["export", run, out, "--to", "mlx-adapter", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {"out", "model_type", "base", "modules", "rank", "scale", "files", "notes"} <= set(found)
     assert (found["ok"], found["modules"], found["rank"], found["base"]) == (True, 7, RANK, base)
@@ -313,7 +313,7 @@ def test_what_mlx_lm_cannot_say(base, tmp_path, case, capsys):
     settings, message = UNSAID[case]
     adapter = peft_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj"], **settings)
     capsys.readouterr()
-    assert app.run(["export", str(base), str(tmp_path / "out"), "--adapter", str(adapter), "--format", "mlx-lm"]) == 2
+    assert app.run(["export", str(base), str(tmp_path / "out"), "--adapter", str(adapter), "--to", "mlx-adapter"]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert MERGE in said
@@ -331,9 +331,9 @@ def test_modules_that_mlx_lm_calls_otherwise(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--format", "mlx-lm"], "format: holds a model, which mlx-lm loads as it is; give an adapter"),
-        (["--format", "mlx-lm", "--type", "F32"], "type: is for gguf"),
-        (["--adapter", "a"], "adapter: gguf files here hold no adapter; merge it first"),
+        (["--to", "mlx-adapter"], "format: holds a model, which mlx-lm loads as it is; give an adapter"),
+        (["--to", "mlx-adapter", "--type", "F32"], "type: is F32, with --to mlx-adapter"),
+        (["--adapter", "a"], "adapter: is a, with --to gguf; merge it first"),
     ],
 )
 def test_flags_that_do_not_go_together(model_directory, tmp_path, words, message, capsys):

@@ -1,8 +1,9 @@
-"""Weights of 4 and 8 bits, widened in float32 and rounded once."""
+"""Weights of few bits: NF4 and int8 widened in float32 and rounded once, MLX's own format by its own functions."""
 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import mlx.core as mx
 
@@ -81,3 +82,44 @@ def int8_quantize(weight: mx.array) -> tuple[mx.array, mx.array]:
     scale = mx.abs(values).max(axis=1) / 127
     codes = values / mx.where(scale == 0, 1.0, scale)[:, None]
     return mx.clip(mx.round(codes), -127, 127).astype(mx.int8), scale
+
+
+@RULES.rule("affine_dequantize", label="mx.dequantize")
+def affine_dequantize(codes: mx.array, scales: mx.array, biases: mx.array, *, bits: int, group_size: int) -> mx.array:
+    return mx.dequantize(codes, scales, biases, group_size=group_size, bits=bits)
+
+
+@RULES.rule("affine_embedding", label="mx.dequantize")
+def affine_embedding(
+    input_ids: mx.array, codes: mx.array, scales: mx.array, biases: mx.array, *, bits: int, group_size: int
+) -> mx.array:
+    codes, scales, biases = (part[input_ids] for part in (codes, scales, biases))
+    return mx.dequantize(codes, scales, biases, group_size=group_size, bits=bits)
+
+
+def multiplies_codes(node: Any) -> bool:
+    """Metal's kernels sum in float32. Those of the CPU build sum in the arrays' dtype, one product after the other:
+    measured at 2.5 times the error of a product in float32, four times in bfloat16, and outside the bound."""
+    return mx.metal.is_available()
+
+
+@RULES.rule("affine_linear", label="mx.quantized_matmul", supports=lambda node: multiplies_codes(node))
+def affine_linear(
+    x: mx.array,
+    codes: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    bias: mx.array | None,
+    *,
+    bits: int,
+    group_size: int,
+) -> mx.array:
+    y = mx.quantized_matmul(x, codes, scales, biases, transpose=True, group_size=group_size, bits=bits)
+    return y if bias is None else y + bias
+
+
+@RULES.rule("affine_linear_dx", label="mx.quantized_matmul", supports=lambda node: multiplies_codes(node))
+def affine_linear_dx(
+    dy: mx.array, codes: mx.array, scales: mx.array, biases: mx.array, *, bits: int, group_size: int
+) -> mx.array:
+    return mx.quantized_matmul(dy, codes, scales, biases, transpose=False, group_size=group_size, bits=bits)

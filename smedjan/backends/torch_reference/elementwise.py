@@ -13,6 +13,7 @@ DTYPES = {
     "float16": torch.float16,
     "int64": torch.int64,
     "int32": torch.int32,
+    "uint32": torch.uint32,
     "int8": torch.int8,
     "uint8": torch.uint8,
     "bool": torch.bool,

@@ -1,4 +1,5 @@
-"""Weights of 4 and 8 bits, widened in float32 and rounded once, as bitsandbytes' CPU build does it."""
+"""Weights of few bits: NF4 and int8 widened in float32 and rounded once, as bitsandbytes' CPU build does it; MLX's
+format as its CPU build widens it."""
 
 from __future__ import annotations
 
@@ -63,3 +64,32 @@ def int8_quantize(weight):
 @RULES.rule("int8_dequantize", temporaries=lambda node: 8 * node.outputs[0].numel - node.outputs[0].nbytes)
 def int8_dequantize(codes, scale, *, dtype):
     return (codes.float() * scale[:, None]).to(DTYPES[dtype])
+
+
+def _unpacked(node):
+    """Codes as integers, and the bytes that each few of them are taken from as one word."""
+    out, bits = node.outputs[0], node.attrs["bits"]
+    return (8 if bits == 5 else 4) * out.numel * (1 + bits) // bits
+
+
+@RULES.rule("affine_dequantize", temporaries=_unpacked)
+def affine_dequantize(codes, scales, biases, *, bits, group_size):
+    # Codes that fill whole bytes: 8 of 3 or 5 bits, 4 of 6, or those of one byte.
+    count, width = {3: (8, 3), 5: (8, 5), 6: (4, 3)}.get(bits, (8 // bits, 1))
+    dtype = torch.int64 if bits == 5 else torch.int32
+    packed = codes.view(torch.uint8).view(-1, width)
+    words = packed[:, 0].to(dtype)
+    for byte in range(1, width):
+        words |= packed[:, byte].to(dtype) << 8 * byte
+    shifts = torch.arange(0, count * bits, bits, dtype=dtype, device=codes.device)
+    values = (words[:, None] >> shifts).bitwise_and_((1 << bits) - 1).to(scales.dtype)
+    grouped = values.view(*scales.shape, group_size)
+    return grouped.mul_(scales[..., None]).add_(biases[..., None]).view(scales.shape[0], -1)
+
+
+@RULES.rule("affine_embedding", temporaries=lambda node: 8 * node.outputs[0].numel)
+def affine_embedding(input_ids, codes, scales, biases, *, bits, group_size):
+    ids = input_ids.reshape(-1)
+    # index_select knows no uint32.
+    rows = (codes.view(torch.int32)[ids].view(torch.uint32), scales[ids], biases[ids])
+    return affine_dequantize(*rows, bits=bits, group_size=group_size).view(*input_ids.shape, -1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from mlx_pair import TORCH, Case
 
-from smedjan.checkpoint import nf4
+from smedjan.checkpoint import affine, nf4
 from smedjan.ops import activation as act
 from smedjan.ops import attention as att
 from smedjan.ops import elementwise as el
@@ -107,6 +107,9 @@ def _quantized() -> dict[str, Case]:
 
         arrays = {"x": normal(2, 3, width), **parts, "b": normal(outs)}
         made[name] = Case(product, arrays, ("x", "b"), width, frozenset(parts))
+    for bits in quantized.AFFINE_BITS:
+        for group_size in quantized.AFFINE_GROUPS if bits == 4 else (64,):
+            made[f"affine_linear {bits} bits of {group_size}"] = _affine(bits, group_size)
     codes = (integers(255, 7, 13) - 127).to(torch.int8)
     arrays = {"x": normal(2, 3, 13), "c": codes, "s": normal(7).abs(), "b": normal(7)}
     return {
@@ -117,6 +120,28 @@ def _quantized() -> dict[str, Case]:
         "nf4_quantize": Case(lambda i: quantized.nf4_quantize(i["w"]), {"w": normal(7, 13)}),
         "int8_quantize": Case(lambda i: quantized.int8_quantize(i["w"]), {"w": normal(7, 13)}),
     }
+
+
+def affine_parts(rows: int, columns: int, bits: int, group_size: int) -> tuple[torch.Tensor, ...]:
+    """Codes, scales and biases of a normal weight."""
+    raw = affine.quantize(TORCH.to_raw(normal(rows, columns)), bits=bits, group_size=group_size)
+    codes, scales, biases = (TORCH.from_raw(part) for part in raw.values())
+    return codes, scales, biases
+
+
+def _affine(bits: int, group_size: int) -> Case:
+    """As a table and, twice, as a weight: for x and for its gradient."""
+    codes, scales, biases = affine_parts(11, 128, bits, group_size)
+    held = {"bits": bits, "group_size": group_size}
+    return Case(
+        lambda i: (
+            quantized.affine_linear(i["x"], i["c"], i["s"], i["z"], i["b"], **held),
+            quantized.affine_embedding(i["ids"], i["c"], i["s"], i["z"], **held),
+        ),
+        {"x": normal(2, 3, 128), "c": codes, "s": scales, "z": biases, "b": normal(11), "ids": integers(11, 2, 5)},
+        ("x", "b"),
+        128,
+    )
 
 
 def _norm(rows: int, dim: int, cast: str, offset: float = 0.0) -> Case:

@@ -36,7 +36,13 @@ class Case:
     def dtype_of(self, name: str, dtype: str) -> str:
         array = self.arrays[name]
         if not array.is_floating_point():
-            return {torch.int64: "int64", torch.bool: "bool", torch.uint8: "uint8", torch.int8: "int8"}[array.dtype]
+            return {
+                torch.int64: "int64",
+                torch.bool: "bool",
+                torch.uint8: "uint8",
+                torch.int8: "int8",
+                torch.uint32: "uint32",
+            }[array.dtype]
         return "float32" if name in self.fixed else dtype
 
     def program(self, backend: Any, dtype: str) -> Program:
