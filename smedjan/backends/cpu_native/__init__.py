@@ -26,6 +26,7 @@ from smedjan.backends.cpu_native import (  # noqa: F401  (each fills RULES, PLAN
     quantized,
     rope,
     steps,
+    tiles,
     w8a8,
 )
 from smedjan.backends.cpu_native.loss import CHUNK_ROWS
@@ -47,6 +48,10 @@ from smedjan.passes.fuse_backward import fuse_backward
 PRIMITIVE, PRIMITIVES = 820_000, 1024
 """Bytes of a primitive of oneDNN for a product of bfloat16: on the mean of 31 products 0.57 MB that it allocates and
 0.25 MB of code, which it makes for each shape (2026-11-29, oneDNN 3.12, AMX); and how many it keeps, the latest."""
+
+OWN_PRODUCTS = 47_000_000
+"""LIBRARIES where products are ours, on AMX, but for an adapter's: 41 to 52 MB above the arrays of seven runs
+(2026-11-30)."""
 
 PRODUCTS = {torch.mm: 1, torch.addmm: 1, attention.backward: 6}
 """Calls that make primitives, and how many."""
@@ -70,17 +75,20 @@ class CpuNative(TorchBackend):
         return super().from_raw(raw) if made is None else made
 
     def library_bytes(self, program: Program, forms: Forms) -> int:
-        """LIBRARIES, and oneDNN's primitives for bfloat16 until it has as many as it keeps: one for each product of
-        other shapes; of aten's attention backward three for whole blocks of queries and three for what is left."""
+        """LIBRARIES, or OWN_PRODUCTS, and oneDNN's primitives for bfloat16 until it has as many as it keeps: one for
+        each product of other shapes; of aten's attention backward three for whole blocks of queries and three for what
+        is left."""
         rows = program.graph.inputs["loss_rows"].numel if "loss_rows" in program.graph.inputs else 0
         made: dict[Any, int] = {}
-        for call in program.recorded() if isinstance(program, PlannedProgram) else ():
+        calls = program.recorded() if isinstance(program, PlannedProgram) else ()
+        ours = any(call.name == tiles.CALL for call in calls)
+        for call in calls:
             arrays = [x for x in call.args if isinstance(x, torch.Tensor)]
             if call.function in PRODUCTS and arrays[0].dtype == torch.bfloat16:
                 shapes = tuple((x.shape, x.stride()) for x in arrays)
                 of_rows = any(size in (rows, rows % CHUNK_ROWS) for x in arrays for size in x.shape)
                 made[call.function, shapes] = PRODUCTS[call.function] * (forms.rows if of_rows else forms.lengths)
-        return LIBRARIES + PRIMITIVE * min(sum(made.values()), PRIMITIVES)
+        return (OWN_PRODUCTS if ours and not made else LIBRARIES) + PRIMITIVE * min(sum(made.values()), PRIMITIVES)
 
     def pool(self, memory: int | None = None, reserved: int = 0) -> Pool:
         return Pool(torch.device("cpu"), None if memory is None else max(0, memory - reserved - LIBRARIES))
