@@ -81,7 +81,7 @@ class CpuNative(TorchBackend):
         rows = program.graph.inputs["loss_rows"].numel if "loss_rows" in program.graph.inputs else 0
         made: dict[Any, int] = {}
         calls = program.recorded() if isinstance(program, PlannedProgram) else ()
-        ours = any(call.name == tiles.CALL for call in calls)
+        ours = any(call.name == f"native {tiles.CALL}" for call in calls)
         for call in calls:
             arrays = [x for x in call.args if isinstance(x, torch.Tensor)]
             if call.function in PRODUCTS and arrays[0].dtype == torch.bfloat16:

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from smedjan.backends.cpu_native import native
+from smedjan.backends.cpu_native import native, tiles
 from smedjan.backends.cpu_native.native.team import call, step, threads
 from smedjan.backends.cpu_native.table import PLANNED, RULES, compiled
 from smedjan.backends.planned.launch import Launches
@@ -96,15 +96,9 @@ IDLE = 2 / 7
 """The most of all threads' time that may pass without work, before the backward pass is split finer than key heads:
 that computes scores twice, seven products in the place of five."""
 
-
 LONG = 512
 """Tokens from which aten's forward pass in bfloat16, whose products oneDNN takes to AMX, is faster than float32 tiles:
 0.8 of their time at 512 tokens, 0.5 at 2,048; the backward pass is not (bench/attention.py, 2026-11-29)."""
-
-
-@cache
-def _amx() -> bool:
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def _tiled(node: Node) -> bool:
@@ -148,7 +142,7 @@ def _sizes(q: Tensor, k: Tensor, causal: bool) -> tuple[int, ...]:
 def _tiled_forward(node: Node) -> bool:
     q = node.inputs[0]
     assert q is not None
-    long = q.dtype == "bfloat16" and q.shape[2] >= LONG and not node.attrs["cap"] and _amx()
+    long = q.dtype == "bfloat16" and q.shape[2] >= LONG and not node.attrs["cap"] and tiles.available()
     return _tiled(node) and not long
 
 

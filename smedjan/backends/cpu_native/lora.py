@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smedjan.backends.cpu_native import tiles
 from smedjan.backends.cpu_native.linear import product
 from smedjan.backends.cpu_native.narrow import Aten, Narrow, Native
 from smedjan.backends.cpu_native.table import PLANNED, RULES
@@ -162,19 +163,32 @@ def _backward(
 def _rule(
     op_name: str, low: Callable[[Node], Described | None], *, end: str = "", **keywords: Any
 ) -> Callable[[Bind], Bind]:
-    """Decorator: aten alone, and before it the narrow kernels where they take x or dy and `low`."""
+    """Decorator: the base's products are aten's, or ours on AMX, the adapter's aten's, or narrow kernels where these
+    take x or dy and `low`."""
 
     def register(bind: Bind) -> Bind:
-        PLANNED.kernel(op_name, label=f"aten mm + {Aten.label}{end}", **keywords)(partial(bind, narrow=Aten))
-
-        def supports(node: Node) -> bool:
-            return Native.fits(node.inputs[0], low(node))
-
-        label = f"aten mm + {Native.label}{end}"
-        PLANNED.kernel(op_name, label=label, supports=supports, **keywords)(partial(bind, narrow=Native))
+        for base, of_base in (("aten mm", _always), (tiles.LABEL, _on_tiles)):
+            for narrow, of_narrow in ((Aten, _always), (Native, lambda node: Native.fits(node.inputs[0], low(node)))):
+                supports = partial(_both, of_base, of_narrow)
+                label = f"{base} + {narrow.label}{end}"
+                PLANNED.kernel(op_name, label=label, supports=supports, **keywords)(partial(bind, narrow=narrow))
         return bind
 
     return register
+
+
+def _always(node: Node) -> bool:
+    return True
+
+
+def _on_tiles(node: Node) -> bool:
+    """x, or dy, and with it the base's weights: adapters are float32."""
+    x = node.inputs[0]
+    return x is not None and x.dtype == "bfloat16" and tiles.available()
+
+
+def _both(first: Callable[[Node], bool], second: Callable[[Node], bool], node: Node) -> bool:
+    return first(node) and second(node)
 
 
 def made(node: Node) -> Described | None:

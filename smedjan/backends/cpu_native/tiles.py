@@ -16,7 +16,7 @@ from smedjan.backends.planned.launch import Launches
 from smedjan.graph.node import Node
 
 LABEL = "native product on AMX"
-CALL = "native product"
+CALL = "product"
 
 BLOCK, DEPTH, HELD = 32, 32, 1024
 """Of src/tile_product.c: rows and columns at a time, the depth of a tile, rows whose sums wait."""
@@ -65,7 +65,7 @@ def product(run: Launches, a: Tensor, b: Tensor, out: Tensor, *, plus: Tensor | 
     room = run.scratch((threads(), _room(depth, part, group)), torch.uint8)
     plus_pitch = 0 if plus is None or plus.ndim == 1 else plus.stride(0)
     numbers = (rows, columns, depth, *pitches, plus_pitch, out.stride(0), group, part, int(out.dtype == torch.float32))
-    call(run, CALL.removeprefix("native "), step("tile_product", (a, b, plus, out, room), numbers))
+    call(run, CALL, step("tile_product", (a, b, plus, out, room), numbers))
 
 
 def _lies(x: Tensor, *, depth_last: bool) -> tuple[int, int]:
