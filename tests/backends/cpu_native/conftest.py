@@ -6,11 +6,12 @@ import ctypes
 import platform
 import shlex
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from smedjan.backends.cpu_native import native
+from smedjan.backends.cpu_native import attention, native
 from smedjan.backends.cpu_native.native import team
 from smedjan.backends.cpu_native.native.build import compile_kernels, find_compiler
 from smedjan.backends.planned import immediate
@@ -21,8 +22,15 @@ BUILDS = {"this CPU's": "", "no AVX-512": " -mno-avx512f", "no VNNI": " -mno-avx
 
 @pytest.fixture(params=BUILDS)
 def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The kernels of one build in the place of the backend's own; scratch and results are NaN, or a code, before."""
-    flags, compiler = BUILDS[request.param], find_compiler()
+    with loaded(request.param, monkeypatch):
+        yield request.param
+
+
+@contextmanager
+def loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels of one build in the place of the backend's own; scratch and results are NaN, or a code, before. As
+    many threads as there were are there again behind."""
+    flags, compiler = BUILDS[name], find_compiler()
     if compiler is None:
         pytest.skip("needs a C compiler")
     if flags and platform.machine() not in ("x86_64", "AMD64"):
@@ -34,14 +42,16 @@ def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         pytest.skip(f"a compiler without {flags}")
     assert made.library is not None, made
     library = ctypes.CDLL(str(made.library))
-
-    def poisoned(shape, dtype, device):
-        return torch.full(shape, float("nan") if dtype.is_floating_point else 85, dtype=dtype, device=device)
-
     monkeypatch.setattr(native, "_loaded", lambda: (library, made))
     monkeypatch.setattr(immediate, "allocate", poisoned)
-    for each in (team._address, team._team):
+    before, caches = torch.get_num_threads(), (team._address, team._team, attention._floats)
+    for each in caches:
         each.cache_clear()
-    yield request.param
-    for each in (team._address, team._team):
+    yield
+    torch.set_num_threads(before)
+    for each in caches:
         each.cache_clear()
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+    return torch.full(shape, float("nan") if dtype.is_floating_point else 85, dtype=dtype, device=device)

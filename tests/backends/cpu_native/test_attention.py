@@ -3,59 +3,30 @@ mask, from every build of the kernels, by any number of threads and however work
 
 from __future__ import annotations
 
-import ctypes
-import platform
 import random
-import shlex
 
 import pytest
 import torch
 from torch import Tensor as Array
 
-from smedjan.backends.cpu_native import PLANNED, attention, native
-from smedjan.backends.cpu_native.native import team
-from smedjan.backends.cpu_native.native.build import compile_kernels, find_compiler
-from smedjan.backends.planned import immediate
+from smedjan.backends.cpu_native import PLANNED, attention, native, tiles
 from smedjan.backends.planned.immediate import node_of
 from smedjan.graph.tensor import Tensor
 from smedjan.ops import attention as att
+from tests.backends.cpu_native.conftest import loaded
 from tests.backends.cpu_native.fused_cases import Case
 from tests.conftest import assert_bits
 from tests.tolerances import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16]
-BUILDS = {"this CPU's": "", "no AVX-512": " -mno-avx512f", "portable": None}
-"""What is added to the compiler's name; None: no intrinsics at all."""
 SEEN = ("causal", "none", "padded", "packed", "window")
 ATTRS = {"implementation": "sdpa", "cap": 0.0, "softmax_dtype": "float32"}
 
 
-@pytest.fixture(params=BUILDS)
+@pytest.fixture(params=["this CPU's", "no AVX-512", "portable"])
 def build(request, monkeypatch):
-    """The kernels of one build in the place of the backend's own; scratch and results are NaN before."""
-    flags, compiler = BUILDS[request.param], find_compiler()
-    if compiler is None:
-        pytest.skip("needs a C compiler")
-    if flags and platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip("of x86")
-    if flags:
-        monkeypatch.setenv("CC", shlex.join(compiler) + flags)
-    made = compile_kernels(("SMEDJAN_PORTABLE",) if flags is None else ())
-    assert made.library is not None, made
-    library = ctypes.CDLL(str(made.library))
-
-    def poisoned(shape, dtype, device):
-        return torch.full(shape, float("nan") if dtype.is_floating_point else 85, dtype=dtype, device=device)
-
-    monkeypatch.setattr(native, "_loaded", lambda: (library, made))
-    monkeypatch.setattr(immediate, "allocate", poisoned)
-    before, caches = torch.get_num_threads(), (team._address, team._team, attention._floats)
-    for each in caches:
-        each.cache_clear()
-    yield request.param
-    torch.set_num_threads(before)
-    for each in caches:
-        each.cache_clear()
+    with loaded(request.param, monkeypatch):
+        yield request.param
 
 
 def case(
@@ -205,7 +176,7 @@ def test_aten_keeps_what_it_does_faster(monkeypatch):
     """The forward pass of long rows in bfloat16, where there is AMX."""
     labels = []
     for amx in (False, True):
-        monkeypatch.setattr(attention, "_amx", lambda amx=amx: amx)
+        monkeypatch.setattr(tiles, "available", lambda amx=amx: amx)
         for dtype in DTYPES:
             q = torch.zeros(1, 1, attention.LONG, 8, dtype=dtype)
             node = node_of("attention", (q, q, q, None), {"causal": True, "scale": 0.2, **ATTRS})

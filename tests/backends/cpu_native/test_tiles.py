@@ -3,19 +3,16 @@ layout, edge and part; nothing is read or written beside the operands; who share
 
 from __future__ import annotations
 
-import ctypes
 import random
 
 import pytest
 import torch
 from torch import Tensor
 
-from smedjan.backends.cpu_native import PLANNED, loss, native, tiles
-from smedjan.backends.cpu_native.native import team
-from smedjan.backends.cpu_native.native.build import compile_kernels, find_compiler
-from smedjan.backends.planned import immediate
+from smedjan.backends.cpu_native import PLANNED, loss, tiles
 from smedjan.backends.planned.immediate import node_of
 from smedjan.backends.planned.launch import Launches
+from tests.backends.cpu_native.conftest import loaded, poisoned
 from tests.backends.cpu_native.fused_cases import CHUNKED
 from tests.conftest import assert_bits
 from tests.tolerances import assert_close
@@ -23,28 +20,12 @@ from tests.tolerances import assert_close
 BF16, F32 = torch.bfloat16, torch.float32
 
 
-def poisoned(shape, dtype, device=None):
-    return torch.full(shape, float("nan") if dtype.is_floating_point else 255, dtype=dtype)
-
-
-@pytest.fixture(params=["instructions", "portable"])
+@pytest.fixture(params=["this CPU's", "portable"])
 def build(request, monkeypatch):
-    if find_compiler() is None:
-        pytest.skip("needs a C compiler")
-    made = compile_kernels(("SMEDJAN_PORTABLE",) if request.param == "portable" else ())
-    assert made.library is not None, made
-    library = ctypes.CDLL(str(made.library))
-    monkeypatch.setattr(native, "_loaded", lambda: (library, made))
-    monkeypatch.setattr(immediate, "allocate", poisoned)
-    for each in (team._address, team._team):
-        each.cache_clear()
-    if not tiles.available():
-        pytest.skip("no AMX")
-    before = torch.get_num_threads()
-    yield request.param
-    torch.set_num_threads(before)
-    for each in (team._address, team._team):
-        each.cache_clear()
+    with loaded(request.param, monkeypatch):
+        if not tiles.available():
+            pytest.skip("no AMX")
+        yield request.param
 
 
 def run(a: Tensor, b: Tensor, out: Tensor, plus: Tensor | None = None) -> None:
