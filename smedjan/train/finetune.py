@@ -113,9 +113,10 @@ def _finetune(
     head = header(parts, trainer, meter, start)
     if said := warning(head["memory"]["planned_bytes"], meter.available_bytes):
         say(said)
+    group.exchange()  # none writes, be it a lock, before all have looked at what is there
     if lock is not None:
         lock.acquire()
-    group.exchange()  # none writes before all have looked at what is there
+    group.exchange()  # a second run in this directory stops all
     log = RunLog(out / "smedjan" / "log.jsonl", start, on_step, speaks=group.rank == 0)
     if group.rank == 0:
         kept.keep(config)

@@ -56,6 +56,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def write_uneven_rows(folder: Path) -> None:
+    """rows.jsonl, of as many lengths as make micro-batches differ, and seven of them as valid.jsonl."""
+    rows = [{"prompt": "hello " * (i % 4 + 1) + f"{i} ", "completion": f"world {i % 3}"} for i in range(40)]
+    for name, some in (("rows", rows), ("valid", rows[3:10])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+
+
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[..., Path]:
     """A JSONL file of the rows given."""

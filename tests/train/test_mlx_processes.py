@@ -22,6 +22,7 @@ from smedjan.train.config import FinetuneConfig
 from smedjan.train.parts import Finetune
 from smedjan.train.processes import first, rank_and_world
 from tests.tolerances import UNIT_ROUNDOFF
+from tests.train.conftest import write_uneven_rows
 from tests.train.test_processes import logged
 from tests.train.test_resume import checkpoints, flags_of
 
@@ -94,9 +95,7 @@ def free_port():
 def pair(tiny, tmp_path_factory):
     """All runs of JOBS in two processes: `config(name, out)`, and the `ends` of each process."""
     folder = tmp_path_factory.mktemp("pair")
-    rows = [{"prompt": "hello " * (i % 4 + 1) + f"{i} ", "completion": f"world {i % 3}"} for i in range(40)]
-    for name, some in (("rows", rows), ("valid", rows[3:10])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    write_uneven_rows(folder)
 
     def config(name, out):
         flags = {

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +19,14 @@ import pytest
 import torch
 
 import smedjan
+from smedjan.backends.collective import Alone
 from smedjan.checkpoint.run_dir import load_checkpoint
 from smedjan.errors import CheckpointError, ConfigError, Elsewhere
+from smedjan.train import finetune as train_finetune
 from smedjan.train.parts import Finetune
 from smedjan.train.processes import first, rank_and_world
 from tests.tolerances import UNIT_ROUNDOFF
+from tests.train.conftest import write_uneven_rows
 from tests.train.test_resume import checkpoints, flags_of, stop_after
 
 STEPS, STOP = 6, 3
@@ -99,9 +103,7 @@ def two(tiny, tmp_path_factory):
     from smedjan.train.config import FinetuneConfig
 
     folder = tmp_path_factory.mktemp("two")
-    rows = [{"prompt": "hello " * (i % 4 + 1) + f"{i} ", "completion": f"world {i % 3}"} for i in range(40)]
-    for name, some in (("rows", rows), ("valid", rows[3:10])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    write_uneven_rows(folder)
 
     def config(name, out):
         flags = {
@@ -365,6 +367,21 @@ def test_an_environment_that_no_launcher_makes(monkeypatch, environment, field):
     with pytest.raises(ConfigError) as raised:
         rank_and_world()
     assert raised.value.field == field
+
+
+def test_nothing_is_written_before_all_have_looked(configure, monkeypatch):
+    """A process that looks late would find the directory of its own run in use."""
+    config, seen = configure(train__steps=1), []
+
+    class Watching(Alone):
+        def gather(self, message):
+            seen.append(sorted(path.name for path in config.out.rglob("*")))
+            return super().gather(message)
+
+    monkeypatch.setattr(train_finetune, "together", lambda backend: nullcontext(Watching()))
+    smedjan.finetune(config)
+    assert seen[0] == []
+    assert seen[1] == ["run.lock", "smedjan"], "and a second run would be refused before any goes on"
 
 
 def test_ctrl_c_that_a_launcher_passes_on_is_one(monkeypatch, tmp_path):
