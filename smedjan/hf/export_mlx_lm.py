@@ -43,7 +43,7 @@ def export_adapter(source: str | Path, out: str | Path, *, adapter: str | Path |
         raise ConfigError(
             "holds a model, which mlx-lm loads as it is",
             file=source,
-            field="format",
+            field="to",
             remedy="give an adapter: its directory, or the base model and --adapter",
         )
     files = open_model(base)

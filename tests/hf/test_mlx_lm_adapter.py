@@ -331,7 +331,7 @@ def test_modules_that_mlx_lm_calls_otherwise(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--to", "mlx-adapter"], "format: holds a model, which mlx-lm loads as it is; give an adapter"),
+        (["--to", "mlx-adapter"], "to: holds a model, which mlx-lm loads as it is; give an adapter"),
         (["--to", "mlx-adapter", "--type", "F32"], "type: is F32, with --to mlx-adapter"),
         (["--adapter", "a"], "adapter: is a, with --to gguf; merge it first"),
     ],
