@@ -15,7 +15,7 @@ from statistics import median
 
 import torch
 
-from smedjan.backends.cpu_native import tiles
+from smedjan.backends.cpu_native import amx
 from smedjan.backends.planned.immediate import immediate
 
 SHAPES = {
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()
-    if not tiles.available():
+    if not amx.available():
         raise SystemExit("no AMX here, or no compiler")
     for name, (width, outs) in SHAPES.items():
         rows = 256 if outs > 10_000 else arguments.rows
@@ -45,7 +45,7 @@ def main() -> None:
 def compared(a: torch.Tensor, b: torch.Tensor, rounds: int) -> str:
     made, flops = torch.empty(a.shape[0], b.shape[1], dtype=a.dtype), 2.0 * a.numel() * b.shape[1]
     run = immediate(torch.device("cpu"))
-    tiles.product(run, a, b, torch.empty_like(made))
+    amx.product(run, a, b, torch.empty_like(made))
 
     def aten() -> None:
         torch.mm(a, b, out=made)
@@ -54,7 +54,7 @@ def compared(a: torch.Tensor, b: torch.Tensor, rounds: int) -> str:
         for call in run.calls:
             call()
 
-    sides = {"aten": aten, "tiles": ours_all}
+    sides = {"aten": aten, "ours": ours_all}
     found: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(rounds + 1):
         for side, call in sides.items():
@@ -62,7 +62,7 @@ def compared(a: torch.Tensor, b: torch.Tensor, rounds: int) -> str:
             call()
             found[side].append(time.perf_counter() - began)
     theirs, ours = (median(found[side][1:]) for side in sides)
-    ratio = median(t / o for t, o in zip(found["aten"][1:], found["tiles"][1:], strict=True))
+    ratio = median(t / o for t, o in zip(found["aten"][1:], found["ours"][1:], strict=True))
     first = 1e3 * (found["aten"][0] - theirs)
     return (
         f"{flops / theirs / 1e9:.0f} GFLOP/s aten (first {first:+.1f} ms), {flops / ours / 1e9:.0f} ours, {ratio:.2f} x"

@@ -14,6 +14,7 @@ import torch
 from smedjan.backends.base import Forms
 from smedjan.backends.cpu_native import (  # noqa: F401  (each fills RULES, PLANNED or both)
     activation,
+    amx,
     attention,
     elementwise,
     embedding,
@@ -26,7 +27,6 @@ from smedjan.backends.cpu_native import (  # noqa: F401  (each fills RULES, PLAN
     quantized,
     rope,
     steps,
-    tiles,
     w8a8,
 )
 from smedjan.backends.cpu_native.loss import CHUNK_ROWS
@@ -81,7 +81,7 @@ class CpuNative(TorchBackend):
         rows = program.graph.inputs["loss_rows"].numel if "loss_rows" in program.graph.inputs else 0
         made: dict[Any, int] = {}
         calls = program.recorded() if isinstance(program, PlannedProgram) else ()
-        ours = any(call.name == f"native {tiles.CALL}" for call in calls)
+        ours = any(call.name == f"native {amx.CALL}" for call in calls)
         for call in calls:
             arrays = [x for x in call.args if isinstance(x, torch.Tensor)]
             if call.function in PRODUCTS and arrays[0].dtype == torch.bfloat16:

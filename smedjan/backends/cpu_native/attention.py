@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from smedjan.backends.cpu_native import native, tiles
+from smedjan.backends.cpu_native import amx, native
 from smedjan.backends.cpu_native.native.team import call, step, threads
 from smedjan.backends.cpu_native.table import PLANNED, RULES, compiled
 from smedjan.backends.planned.launch import Launches
@@ -142,7 +142,7 @@ def _sizes(q: Tensor, k: Tensor, causal: bool) -> tuple[int, ...]:
 def _tiled_forward(node: Node) -> bool:
     q = node.inputs[0]
     assert q is not None
-    long = q.dtype == "bfloat16" and q.shape[2] >= LONG and not node.attrs["cap"] and tiles.available()
+    long = q.dtype == "bfloat16" and q.shape[2] >= LONG and not node.attrs["cap"] and amx.available()
     return _tiled(node) and not long
 
 

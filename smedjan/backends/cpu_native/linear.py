@@ -1,5 +1,5 @@
 """Matrix products of plans: MKL's or oneDNN's, over rows as they lie and weights that are stacked in memory; on AMX our
-own of bfloat16 (`tiles.py`).
+own of bfloat16 (`amx.py`).
 
 Products of bfloat16 are summed in float32 and rounded once; a waiting cotangent or a total is added before that.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smedjan.backends.cpu_native import tiles
+from smedjan.backends.cpu_native import amx
 from smedjan.backends.cpu_native.table import PLANNED
 from smedjan.backends.planned.launch import Launches
 from smedjan.backends.planned.rows import as_rows
@@ -24,8 +24,8 @@ MM, ADDMM = "aten mm", "aten addmm"
 
 def product(run: Launches, a: Tensor, b: Tensor, out: Tensor, *, plus: Tensor | None = None) -> None:
     """out = a b (+ plus: a row for all, or an array of out's shape)       a [M, K], b [K, N] -> out [M, N]"""
-    if tiles.takes(a, b, out):
-        tiles.product(run, a, b, out, plus=plus)
+    if amx.takes(a, b, out):
+        amx.product(run, a, b, out, plus=plus)
     elif plus is None:
         run.library(MM, torch.mm, a, b, out=out)
     else:
@@ -41,12 +41,12 @@ def _kernel(op_name: str, *, label: str, supports: Supports | None = None, **opt
     """A rule of `label`, and the same one of bfloat16 on AMX, which `product` takes there."""
     stacked = ", stacked" if label.endswith(", stacked") else ""
 
-    def on_tiles(node: Any) -> bool:
-        return tiles.multiplied(node) and (supports is None or supports(node))
+    def on_amx(node: Any) -> bool:
+        return amx.multiplied(node) and (supports is None or supports(node))
 
     def register(bind: Bind) -> Bind:
         PLANNED.kernel(op_name, label=label, supports=supports, **options)(bind)
-        PLANNED.kernel(op_name, label=tiles.LABEL + stacked, supports=on_tiles, **options)(bind)
+        PLANNED.kernel(op_name, label=amx.LABEL + stacked, supports=on_amx, **options)(bind)
         return bind
 
     return register

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smedjan.backends.cpu_native import tiles
+from smedjan.backends.cpu_native import amx
 from smedjan.backends.cpu_native.linear import product
 from smedjan.backends.cpu_native.narrow import Aten, Narrow, Native
 from smedjan.backends.cpu_native.table import PLANNED, RULES
@@ -167,7 +167,7 @@ def _rule(
     take x or dy and `low`."""
 
     def register(bind: Bind) -> Bind:
-        for base, of_base in (("aten mm", _always), (tiles.LABEL, _on_tiles)):
+        for base, of_base in (("aten mm", _always), (amx.LABEL, _on_amx)):
             for narrow, of_narrow in ((Aten, _always), (Native, lambda node: Native.fits(node.inputs[0], low(node)))):
                 supports = partial(_both, of_base, of_narrow)
                 label = f"{base} + {narrow.label}{end}"
@@ -181,10 +181,10 @@ def _always(node: Node) -> bool:
     return True
 
 
-def _on_tiles(node: Node) -> bool:
+def _on_amx(node: Node) -> bool:
     """x, or dy, and with it the base's weights: adapters are float32."""
     x = node.inputs[0]
-    return x is not None and x.dtype == "bfloat16" and tiles.available()
+    return x is not None and x.dtype == "bfloat16" and amx.available()
 
 
 def _both(first: Callable[[Node], bool], second: Callable[[Node], bool], node: Node) -> bool:

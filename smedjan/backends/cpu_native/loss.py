@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from smedjan.backends.cpu_native import tiles
+from smedjan.backends.cpu_native import amx
 from smedjan.backends.cpu_native.linear import product
 from smedjan.backends.cpu_native.native.team import call, step
 from smedjan.backends.cpu_native.table import DTYPES, PLANNED, RULES, compiled
@@ -70,17 +70,17 @@ def _rising(node: Node) -> bool:
     return node.attrs["scaling"] / node.attrs["divisor"] > 0.0 and compiled(node)
 
 
-def _on_tiles(node: Node) -> bool:
+def _on_amx(node: Node) -> bool:
     x, weight, _, _ = node.inputs
     assert x is not None
     assert weight is not None
-    return x.dtype == weight.dtype == "bfloat16" and tiles.available() and _rising(node)
+    return x.dtype == weight.dtype == "bfloat16" and amx.available() and _rising(node)
 
 
-def _chunk(count: int, hidden: int, grads: str, on_tiles: bool) -> int:
+def _chunk(count: int, hidden: int, grads: str, on_amx: bool) -> int:
     """Rows of logits at a time. Where the weight's gradient is made on tiles, all of them, if they take no more memory
     than CHUNK_ROWS beside a float32 total of that gradient; else more at a time, since each adds to the total."""
-    if not on_tiles or "w" not in grads:
+    if not on_amx or "w" not in grads:
         return CHUNK_ROWS
     return count if count <= CHUNK_ROWS + 2 * hidden else 2 * CHUNK_ROWS
 
@@ -96,7 +96,7 @@ def _widened(node: Node) -> int:
     return CHUNK_ROWS * (weight.shape[0] + weight.shape[1]) * 4
 
 
-@PLANNED.kernel("linear_cross_entropy", label="native cross_entropy + product on AMX", supports=_on_tiles)
+@PLANNED.kernel("linear_cross_entropy", label="native cross_entropy + product on AMX", supports=_on_amx)
 @PLANNED.kernel("linear_cross_entropy", label="native cross_entropy + aten mm", supports=_rising, temporaries=_widened)
 def planned_cross_entropy(
     run: Launches,
@@ -114,7 +114,7 @@ def planned_cross_entropy(
     loss, dx, dweight = outs
     dx, dweight = dx if "x" in grads else None, dweight if "w" in grads else None
     rows, count, vocab = as_rows(x), labels.shape[0], weight.shape[0]
-    chunk = _chunk(count, weight.shape[1], grads, tiles.takes(rows, weight, weight))
+    chunk = _chunk(count, weight.shape[1], grads, amx.takes(rows, weight, weight))
     logits = run.scratch((min(count, chunk), vocab), x.dtype)
     losses = run.scratch((max(count, 1),), torch.float32)
     total = dweight
@@ -133,8 +133,8 @@ def planned_cross_entropy(
         call(run, "cross_entropy", entropy)
         if dx is not None:
             product(run, made, weight, as_rows(dx)[part])
-        if total is not None and tiles.takes(made, rows[part], total):
-            tiles.product(run, made.t(), rows[part], total, plus=total if start else None)
+        if total is not None and amx.takes(made, rows[part], total):
+            amx.product(run, made.t(), rows[part], total, plus=total if start else None)
         elif total is not None:
             run.library("aten mm", _outer, total, made, rows[part], start > 0)
     if total is not dweight:

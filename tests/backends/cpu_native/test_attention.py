@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor as Array
 
-from smedjan.backends.cpu_native import PLANNED, attention, native, tiles
+from smedjan.backends.cpu_native import PLANNED, amx, attention, native
 from smedjan.backends.planned.immediate import node_of
 from smedjan.graph.tensor import Tensor
 from smedjan.ops import attention as att
@@ -175,8 +175,8 @@ def test_without_a_compiler_aten_runs(monkeypatch):
 def test_aten_keeps_what_it_does_faster(monkeypatch):
     """The forward pass of long rows in bfloat16, where there is AMX."""
     labels = []
-    for amx in (False, True):
-        monkeypatch.setattr(tiles, "available", lambda amx=amx: amx)
+    for there in (False, True):
+        monkeypatch.setattr(amx, "available", lambda there=there: there)
         for dtype in DTYPES:
             q = torch.zeros(1, 1, attention.LONG, 8, dtype=dtype)
             node = node_of("attention", (q, q, q, None), {"causal": True, "scale": 0.2, **ATTRS})

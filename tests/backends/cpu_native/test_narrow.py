@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smedjan.backends.cpu_native import PLANNED, native, tiles
+from smedjan.backends.cpu_native import PLANNED, amx, native
 from smedjan.backends.cpu_native.narrow import MOST, Aten, Native
 from smedjan.backends.planned.immediate import immediate, node_of
 from tests.tolerances import UNIT_ROUNDOFF
@@ -111,7 +111,7 @@ def _label(ranks: int, dtype: torch.dtype = torch.float32) -> str:
 def test_a_plan_says_whose_products_they_are(monkeypatch):
     for dtype in DTYPES:
         most = MOST[str(dtype).removeprefix("torch.")]
-        base = tiles.LABEL if dtype == torch.bfloat16 and tiles.available() else "aten mm"
+        base = amx.LABEL if dtype == torch.bfloat16 and amx.available() else "aten mm"
         assert _label(most, dtype) == f"{base} + {Native.label}"
         assert _label(most + 1, dtype) == f"{base} + {Aten.label}"
     monkeypatch.setattr(native, "available", lambda: False)

@@ -8,16 +8,16 @@
  */
 #define _GNU_SOURCE /* syscall */
 #include "rows.h"
-#include "tiles.h"
+#include "amx.h"
 
 #include <stddef.h>
 
-__attribute__((visibility("default"))) int smedjan_tiles(void);
+__attribute__((visibility("default"))) int smedjan_amx(void);
 
 #if TILES == 0
-int smedjan_tiles(void) { return 0; }
+int smedjan_amx(void) { return 0; }
 #else
-int smedjan_tiles(void) { return tiles_granted(); }
+int smedjan_amx(void) { return tiles_granted(); }
 
 #define BLOCK 32 /* rows, columns */
 
@@ -277,7 +277,7 @@ static void multiply_panels(const product *p, int64_t from, int64_t to, int64_t 
  * and then the sums: two, or where the depth is taken in parts, those of HELD rows. */
 #define HELD 1024
 
-__attribute__((visibility("default"))) void smedjan_tile_product(const step *s, int rank, int threads)
+__attribute__((visibility("default"))) void smedjan_amx_product(const step *s, int rank, int threads)
 {
     const int64_t *n = s->number, rows = n[0], columns = n[1];
     const product p = {

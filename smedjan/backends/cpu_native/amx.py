@@ -1,4 +1,4 @@
-"""Products of bfloat16 on AMX's tiles (native/src/tile_product.c): no shape costs anything the first time, nothing is
+"""Products of bfloat16 on AMX's tiles (native/src/amx_product.c): no shape costs anything the first time, nothing is
 kept between calls, and a waiting total is added in float32 before the one rounding. oneDNN makes a primitive of 0.8 MB
 for each shape, in 2 to 17 ms, and keeps a thousand.
 """
@@ -19,7 +19,7 @@ LABEL = "native product on AMX"
 CALL = "product"
 
 BLOCK, DEPTH, HELD = 32, 32, 1024
-"""Of src/tile_product.c: rows and columns at a time, the depth of a tile, rows whose sums wait."""
+"""Of src/amx_product.c: rows and columns at a time, the depth of a tile, rows whose sums wait."""
 
 WHOLE, PART = 2048, 1024
 """The longest depth that is taken at once, and parts of a longer one, at the most."""
@@ -33,7 +33,7 @@ PANELS_OF_PARTS = 4
 
 @cache
 def _granted(library: str) -> bool:
-    return bool(native.library().smedjan_tiles())
+    return bool(native.library().smedjan_amx())
 
 
 def available() -> bool:
@@ -65,7 +65,7 @@ def product(run: Launches, a: Tensor, b: Tensor, out: Tensor, *, plus: Tensor | 
     room = run.scratch((threads(), _room(depth, part, group)), torch.uint8)
     plus_pitch = 0 if plus is None or plus.ndim == 1 else plus.stride(0)
     numbers = (rows, columns, depth, *pitches, plus_pitch, out.stride(0), group, part, int(out.dtype == torch.float32))
-    call(run, CALL, step("tile_product", (a, b, plus, out, room), numbers))
+    call(run, CALL, step("amx_product", (a, b, plus, out, room), numbers))
 
 
 def _lies(x: Tensor, *, depth_last: bool) -> tuple[int, int]:

@@ -3,8 +3,8 @@
  *
  * Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2: TDPBF16PS; volume 1, chapter 18.
  */
-#ifndef SMEDJAN_TILES_H
-#define SMEDJAN_TILES_H
+#ifndef SMEDJAN_AMX_H
+#define SMEDJAN_AMX_H
 
 #include "scalar.h"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smedjan.backends.cpu_native import PLANNED, loss, tiles
+from smedjan.backends.cpu_native import PLANNED, amx, loss
 from smedjan.backends.planned.immediate import node_of
 from smedjan.backends.planned.launch import Launches
 from tests.backends.cpu_native.conftest import loaded, poisoned
@@ -23,14 +23,14 @@ BF16, F32 = torch.bfloat16, torch.float32
 @pytest.fixture(params=["this CPU's", "portable"])
 def build(request, monkeypatch):
     with loaded(request.param, monkeypatch):
-        if not tiles.available():
+        if not amx.available():
             pytest.skip("no AMX")
         yield request.param
 
 
 def run(a: Tensor, b: Tensor, out: Tensor, plus: Tensor | None = None) -> None:
     made = Launches(torch.device("cpu"), scratch=poisoned, host=None, allocate=None)  # type: ignore[arg-type]
-    tiles.product(made, a, b, out, plus=plus)
+    amx.product(made, a, b, out, plus=plus)
     for each in made.calls:
         each()
 
@@ -85,8 +85,8 @@ def test_products(build, dtype):
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_long_depth_in_parts(build, turned, monkeypatch):
     """Of more rows than those whose sums wait, by threads that have a part of them each."""
-    monkeypatch.setattr(tiles, "WHOLE", 64)
-    monkeypatch.setattr(tiles, "PART", 48)
+    monkeypatch.setattr(amx, "WHOLE", 64)
+    monkeypatch.setattr(amx, "PART", 48)
     a = torch.randn(130, 1100, generator=torch.Generator().manual_seed(1)).to(BF16).t()
     a = a if turned else a.contiguous()
     b = torch.randn(130, 170, generator=torch.Generator().manual_seed(2)).to(BF16)
@@ -142,6 +142,6 @@ def test_cross_entropy_by_chunks(build, grads, monkeypatch):
 
 
 def test_a_plan_says_which_product_runs(build):
-    for dtype, label in ((BF16, tiles.LABEL), (F32, "aten mm")):
+    for dtype, label in ((BF16, amx.LABEL), (F32, "aten mm")):
         ins = (torch.randn(4, 8).to(dtype), torch.randn(3, 8).to(dtype), None)
         assert PLANNED.lower(node_of("linear", ins, {})).label == label
