@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from smedjan.backends.cpu_native import native
+from smedjan.backends.cpu_native.amx_operands import lies, up
 from smedjan.backends.cpu_native.native.team import call, step, threads
 from smedjan.backends.planned.launch import Launches
-from smedjan.graph.node import Node
 
 LABEL = "native product on AMX"
 CALL = "product"
@@ -41,16 +41,6 @@ def available() -> bool:
     return native.available() and _granted(native.library()._name)
 
 
-def multiplied(node: Node) -> bool:
-    """A product whose floats are all bfloat16."""
-    floats = {t.dtype for t in (*node.inputs, *node.outputs) if t is not None}
-    return floats == {"bfloat16"} and available()
-
-
-def takes(a: Tensor, b: Tensor, out: Tensor) -> bool:
-    return a.dtype == b.dtype == torch.bfloat16 and out.dtype in (torch.bfloat16, torch.float32) and available()
-
-
 def product(run: Launches, a: Tensor, b: Tensor, out: Tensor, *, plus: Tensor | None = None) -> None:
     """out = a b (+ plus: a row for all, or an array of out's shape)       a [M, K], b [K, N] -> out [M, N]
 
@@ -61,30 +51,18 @@ def product(run: Launches, a: Tensor, b: Tensor, out: Tensor, *, plus: Tensor | 
         return
     assert plus is None or plus.dtype == out.dtype, f"{plus.dtype} is added to {out.dtype}"
     part, group = _parts(depth)
-    pitches = (*_lies(a, depth_last=True), *_lies(b, depth_last=False))
+    pitches = (*lies(a, depth_last=True), *lies(b, depth_last=False))
     room = run.scratch((threads(), _room(depth, part, group)), torch.uint8)
     plus_pitch = 0 if plus is None or plus.ndim == 1 else plus.stride(0)
     numbers = (rows, columns, depth, *pitches, plus_pitch, out.stride(0), group, part, int(out.dtype == torch.float32))
     call(run, CALL, step("amx_product", (a, b, plus, out, room), numbers))
 
 
-def _lies(x: Tensor, *, depth_last: bool) -> tuple[int, int]:
-    """The pitch of an operand as it lies in memory, and 1 where its depth is outermost there."""
-    down, along = x.stride()
-    rows_whole = along == 1 or x.shape[1] == 1
-    assert rows_whole or down == 1 or x.shape[0] == 1, f"strides {x.stride()} of {tuple(x.shape)}"
-    return (down, int(not depth_last)) if rows_whole else (along, int(depth_last))
-
-
-def _up(count: int, unit: int) -> int:
-    return -(-count // unit) * unit
-
-
 def _parts(depth: int) -> tuple[int, int]:
     """How much of the depth is taken at a time, and for how many panels."""
     if depth > WHOLE:
-        return _up(-(-depth // -(-depth // PART)), DEPTH), PANELS_OF_PARTS
-    part = max(_up(depth, DEPTH), DEPTH)
+        return up(-(-depth // -(-depth // PART)), DEPTH), PANELS_OF_PARTS
+    part = max(up(depth, DEPTH), DEPTH)
     return part, max(1, min(PANELS, PANELS_BYTES // (BLOCK * part * 2)))
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smedjan.backends.cpu_native import amx
-from smedjan.backends.cpu_native.linear import product
 from smedjan.backends.cpu_native.narrow import Aten, Narrow, Native
+from smedjan.backends.cpu_native.products import MAKERS, Maker, Product, of_weights
 from smedjan.backends.cpu_native.table import PLANNED, RULES
 from smedjan.backends.planned.launch import Launches
 from smedjan.backends.planned.rows import as_rows
@@ -101,7 +100,9 @@ def forward(
     narrow.expand(run, products)
 
 
-def _products(run: Launches, weights: Sequence[Tensor], biases: Sequence[Tensor], together: bool) -> Base:
+def _products(
+    run: Launches, weights: Sequence[Tensor], biases: Sequence[Tensor], *, product: Product, together: bool
+) -> Base:
     def base(x: Tensor, y: Tensor) -> None:
         if together:
             bias = run.stacked(biases) if biases else None
@@ -124,6 +125,7 @@ def _backward(
     b: Sequence[Tensor],
     outs: tuple,
     *,
+    product: Product,
     narrow: type[Narrow],
     adapted: tuple[bool, ...],
     needs: tuple[bool, bool],
@@ -161,50 +163,55 @@ def _backward(
 
 
 def _rule(
-    op_name: str, low: Callable[[Node], Described | None], *, end: str = "", **keywords: Any
+    op_name: str,
+    low: Callable[[Node], Described | None],
+    weights: Callable[[Node], Sequence[Described | None]],
+    *,
+    end: str = "",
+    **keywords: Any,
 ) -> Callable[[Bind], Bind]:
-    """Decorator: the base's products are aten's, or ours on AMX, the adapter's aten's, or narrow kernels where these
+    """Decorator: the base's products are made by one of MAKERS, the adapter's by aten, or by narrow kernels where these
     take x or dy and `low`."""
 
+    def taken(node: Node, maker: Maker, narrow: type[Narrow]) -> bool:
+        x = node.inputs[0]
+        assert x is not None
+        sizes = of_weights(x, weights(node), together=node.attrs.get("together", False))
+        return maker.takes({x.dtype}, sizes) and (narrow is Aten or Native.fits(x, low(node)))
+
     def register(bind: Bind) -> Bind:
-        for base, of_base in (("aten mm", _always), (amx.LABEL, _on_amx)):
-            for narrow, of_narrow in ((Aten, _always), (Native, lambda node: Native.fits(node.inputs[0], low(node)))):
-                supports = partial(_both, of_base, of_narrow)
-                label = f"{base} + {narrow.label}{end}"
-                PLANNED.kernel(op_name, label=label, supports=supports, **keywords)(partial(bind, narrow=narrow))
+        for maker in MAKERS:
+            for narrow in (Aten, Native):
+                supports = partial(taken, maker=maker, narrow=narrow)
+                label = f"{maker.label} + {narrow.label}{end}"
+                made = partial(bind, product=maker.product, narrow=narrow)
+                PLANNED.kernel(op_name, label=label, supports=supports, **keywords)(made)
         return bind
 
     return register
-
-
-def _always(node: Node) -> bool:
-    return True
-
-
-def _on_amx(node: Node) -> bool:
-    """x, or dy, and with it the base's weights: adapters are float32."""
-    x = node.inputs[0]
-    return x is not None and x.dtype == "bfloat16" and amx.available()
-
-
-def _both(first: Callable[[Node], bool], second: Callable[[Node], bool], node: Node) -> bool:
-    return first(node) and second(node)
 
 
 def made(node: Node) -> Described | None:
     return node.outputs[1]
 
 
-@_rule("lora_linear", made)
-def planned_lora_linear(run: Launches, ins: tuple, outs: tuple, *, narrow: type[Narrow], scaling: float) -> None:
+def _of_group(node: Node, first: int) -> Sequence[Described | None]:
+    return group_parts(node.inputs[first:], node.attrs["adapted"], node.attrs.get("biased", False))[0]
+
+
+@_rule("lora_linear", made, lambda node: node.inputs[1:2])
+def planned_lora_linear(
+    run: Launches, ins: tuple, outs: tuple, *, product: Product, narrow: type[Narrow], scaling: float
+) -> None:
     x, weight, bias, a, b = ins
-    base = _products(run, [weight], [] if bias is None else [bias], together=False)
+    base = _products(run, [weight], [] if bias is None else [bias], product=product, together=False)
     forward(run, x, base, columns([weight]), [a], [b], outs, narrow=narrow, scaling=scaling)
 
 
 @_rule(
     "lora_linear_bwd",
     lambda node: node.inputs[5],
+    lambda node: node.inputs[2:3],
     inplace=lambda node: ((0, 6),) if node.attrs["needs"][0] else (),
 )
 def planned_lora_linear_bwd(
@@ -212,6 +219,7 @@ def planned_lora_linear_bwd(
     ins: tuple,
     outs: tuple,
     *,
+    product: Product,
     narrow: type[Narrow],
     needs: tuple[bool, bool, bool],
     scaling: float,
@@ -223,6 +231,7 @@ def planned_lora_linear_bwd(
     _backward(
         run,
         *(dy, x, low, acc, [weight], [a], [b], made),
+        product=product,
         narrow=narrow,
         adapted=(True,),
         needs=(needs[0], needs[1] or needs[2]),
@@ -231,12 +240,13 @@ def planned_lora_linear_bwd(
     )
 
 
-@_rule("lora_linear_group", made, end=", stacked")
+@_rule("lora_linear_group", made, partial(_of_group, first=1), end=", stacked")
 def planned_lora_linear_group(
     run: Launches,
     ins: tuple,
     outs: tuple,
     *,
+    product: Product,
     narrow: type[Narrow],
     adapted: tuple[bool, ...],
     biased: bool,
@@ -245,13 +255,14 @@ def planned_lora_linear_group(
 ) -> None:
     x, *tensors = ins
     weights, biases, a, b = group_parts(tensors, adapted, biased)
-    base = _products(run, weights, biases, together)
+    base = _products(run, weights, biases, product=product, together=together)
     forward(run, x, base, adapted_columns(weights, adapted), a, b, outs, narrow=narrow, scaling=scaling)
 
 
 @_rule(
     "lora_linear_group_bwd",
     lambda node: node.inputs[2],
+    partial(_of_group, first=4),
     end=", stacked",
     inplace=lambda node: ((0, 3),) if node.attrs["needs"][0] else (),
 )
@@ -260,6 +271,7 @@ def planned_lora_linear_group_bwd(
     ins: tuple,
     outs: tuple,
     *,
+    product: Product,
     narrow: type[Narrow],
     adapted: tuple[bool, ...],
     needs: tuple[bool, bool],
@@ -271,6 +283,7 @@ def planned_lora_linear_group_bwd(
     _backward(
         run,
         *(dy, x, low, acc, weights, a, b, outs),
+        product=product,
         narrow=narrow,
         adapted=adapted,
         needs=needs,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from smedjan.backends.cpu_native import amx
-from smedjan.backends.cpu_native.linear import product
 from smedjan.backends.cpu_native.native.team import call, step
+from smedjan.backends.cpu_native.products import ATEN, BFLOAT16, MAKERS, Maker, floats
 from smedjan.backends.cpu_native.table import DTYPES, PLANNED, RULES, compiled
 from smedjan.backends.planned.launch import Launches
 from smedjan.backends.planned.rows import as_rows
+from smedjan.graph.lowering import Supports
 from smedjan.graph.node import Node
 
 CHUNK_ROWS = 256
@@ -70,19 +72,24 @@ def _rising(node: Node) -> bool:
     return node.attrs["scaling"] / node.attrs["divisor"] > 0.0 and compiled(node)
 
 
-def _on_amx(node: Node) -> bool:
-    x, weight, _, _ = node.inputs
-    assert x is not None
-    assert weight is not None
-    return x.dtype == weight.dtype == "bfloat16" and amx.available() and _rising(node)
+def _made_by(maker: Maker) -> Supports:
+    def supports(node: Node) -> bool:
+        x, weight, labels, _ = node.inputs
+        assert labels is not None
+        assert weight is not None
+        sizes = [(labels.numel, weight.shape[0], weight.shape[1])]
+        return _rising(node) and maker.takes(floats((x, weight)), sizes)
+
+    return supports
 
 
-def _chunk(count: int, hidden: int, grads: str, on_amx: bool) -> int:
-    """Rows of logits at a time. Where the weight's gradient is made on tiles, all of them, if they take no more memory
-    than CHUNK_ROWS beside a float32 total of that gradient; else more at a time, since each adds to the total."""
-    if not on_amx or "w" not in grads:
+def _chunk(count: int, hidden: int, grads: str, maker: Maker) -> int:
+    """Rows of logits at a time; more where each chunk puts a float32 weight in tiles anew. Where the weight's gradient
+    is made on tiles from bfloat16, all rows, if they take no more memory than CHUNK_ROWS beside a float32 total of that
+    gradient; else more at a time, since each adds to the total."""
+    if maker is ATEN or (maker is BFLOAT16 and "w" not in grads):
         return CHUNK_ROWS
-    return count if count <= CHUNK_ROWS + 2 * hidden else 2 * CHUNK_ROWS
+    return count if maker is BFLOAT16 and count <= CHUNK_ROWS + 2 * hidden else 2 * CHUNK_ROWS
 
 
 def _widened(node: Node) -> int:
@@ -96,8 +103,6 @@ def _widened(node: Node) -> int:
     return CHUNK_ROWS * (weight.shape[0] + weight.shape[1]) * 4
 
 
-@PLANNED.kernel("linear_cross_entropy", label="native cross_entropy + product on AMX", supports=_on_amx)
-@PLANNED.kernel("linear_cross_entropy", label="native cross_entropy + aten mm", supports=_rising, temporaries=_widened)
 def planned_cross_entropy(
     run: Launches,
     ins: tuple,
@@ -109,12 +114,13 @@ def planned_cross_entropy(
     cap: float,
     z_loss: float,
     smoothing: float,
+    maker: Maker,
 ) -> None:
     x, weight, labels, num_items = ins
     loss, dx, dweight = outs
     dx, dweight = dx if "x" in grads else None, dweight if "w" in grads else None
     rows, count, vocab = as_rows(x), labels.shape[0], weight.shape[0]
-    chunk = _chunk(count, weight.shape[1], grads, amx.takes(rows, weight, weight))
+    chunk, product = _chunk(count, weight.shape[1], grads, maker), maker.product
     logits = run.scratch((min(count, chunk), vocab), x.dtype)
     losses = run.scratch((max(count, 1),), torch.float32)
     total = dweight
@@ -133,14 +139,23 @@ def planned_cross_entropy(
         call(run, "cross_entropy", entropy)
         if dx is not None:
             product(run, made, weight, as_rows(dx)[part])
-        if total is not None and amx.takes(made, rows[part], total):
-            amx.product(run, made.t(), rows[part], total, plus=total if start else None)
-        elif total is not None:
+        if total is not None and maker is ATEN:
             run.library("aten mm", _outer, total, made, rows[part], start > 0)
+        elif total is not None:
+            product(run, made.t(), rows[part], total, plus=total if start else None)
     if total is not dweight:
         run.library("aten copy", Tensor.copy_, dweight, total)
     if loss is not None:
         run.library("aten sum", _mean, losses[:count], num_items, loss)
+
+
+for each in MAKERS:
+    PLANNED.kernel(
+        "linear_cross_entropy",
+        label=f"native cross_entropy + {each.label.removeprefix('native ')}",
+        supports=_made_by(each),
+        temporaries=_widened if each is ATEN else None,
+    )(partial(planned_cross_entropy, maker=each))
 
 
 def _outer(total: Tensor, dlogits: Tensor, x: Tensor, add: bool) -> None:

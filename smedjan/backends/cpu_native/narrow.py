@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from smedjan.backends.cpu_native import native
-from smedjan.backends.cpu_native.linear import product, scaled
 from smedjan.backends.cpu_native.native.team import Step, call, step
+from smedjan.backends.cpu_native.products import aten, scaled
 from smedjan.backends.cpu_native.table import DTYPES
 from smedjan.backends.planned.launch import Launches
 from smedjan.graph.tensor import Tensor as Described
@@ -129,6 +129,6 @@ class Aten:
 
 def _product(run: Launches, a: Tensor, b: Tensor, out: Tensor, factor: float) -> None:
     if factor == 1.0:
-        product(run, a, b, out)
+        aten(run, a, b, out)
     else:
         scaled(run, a, b, out, factor, add=False)

@@ -1,5 +1,6 @@
-"""Products on AMX's tiles, by instructions and by the plain loops that stand for them: within bound of float64 for any
-layout, edge and part; nothing is read or written beside the operands; who shares the work changes no bit."""
+"""Products on AMX's tiles, of bfloat16 and of float32 in three terms, by instructions and by the plain loops that stand
+for them: within bound of float64 for any layout, edge and part; nothing is read or written beside the operands; who
+shares the work changes no bit."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from smedjan.backends.cpu_native import PLANNED, amx, loss
+from smedjan.backends.cpu_native import PLANNED, amx, amx_float32, loss
 from smedjan.backends.planned.immediate import node_of
 from smedjan.backends.planned.launch import Launches
 from tests.backends.cpu_native.conftest import loaded, poisoned
-from tests.backends.cpu_native.fused_cases import CHUNKED
+from tests.backends.cpu_native.fused_cases import CHUNKED, GROUPS, LORA
 from tests.conftest import assert_bits
 from tests.tolerances import assert_close
 
@@ -28,9 +29,16 @@ def build(request, monkeypatch):
         yield request.param
 
 
+OF = {BF16: amx.product, F32: amx_float32.product}
+"""By the dtype of operands."""
+RESULTS = [(BF16, F32), (BF16, BF16), (F32, F32)]
+LINEAR = {name: each for name, each in GROUPS.items() if "linear" in each[0]}
+LINEAR |= {name: ("lora_linear", case) for name, case in LORA.items()}
+
+
 def run(a: Tensor, b: Tensor, out: Tensor, plus: Tensor | None = None) -> None:
     made = Launches(torch.device("cpu"), scratch=poisoned, host=None, allocate=None)  # type: ignore[arg-type]
-    amx.product(made, a, b, out, plus=plus)
+    OF[a.dtype](made, a, b, out, plus=plus)
     for each in made.calls:
         each()
 
@@ -42,11 +50,11 @@ def inside(x: Tensor, pad: int) -> Tensor:
     return wide[:, : x.shape[1]]
 
 
-def operand(draw: random.Random, rows: int, columns: int, seed: int) -> Tensor:
-    """bfloat16 [rows, columns] in rows or in columns, which may lie apart."""
+def operand(draw: random.Random, rows: int, columns: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """[rows, columns] in rows or in columns, which may lie apart."""
     turned, pad = draw.random() < 0.5, draw.choice([0, 3, 16])
     shape = (columns, rows) if turned else (rows, columns)
-    made = inside(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(BF16), pad)
+    made = inside(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype), pad)
     return made.t() if turned else made
 
 
@@ -72,50 +80,70 @@ def shapes() -> list[tuple[int, int, int]]:
     return found
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_products(build, dtype):
+@pytest.mark.parametrize(("of", "dtype"), RESULTS, ids=str)
+def test_products(build, of, dtype):
     draw = random.Random(7)
     for number, (rows, columns, depth) in enumerate(shapes()):
-        a, b = operand(draw, rows, depth, number), operand(draw, depth, columns, number + 1000)
+        a, b = operand(draw, rows, depth, number, of), operand(draw, depth, columns, number + 1000, of)
         plus = (None, torch.randn(columns).to(dtype), inside(torch.randn(rows, columns).to(dtype), 2))[number % 3]
         torch.set_num_threads(draw.choice([1, 2, 3, 4]))
         check(f"{rows} x {depth} x {columns}, strides {a.stride()} {b.stride()}", a, b, dtype, plus)
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_a_long_depth_in_parts(build, turned, monkeypatch):
-    """Of more rows than those whose sums wait, by threads that have a part of them each."""
+@pytest.mark.parametrize("of", OF, ids=str)
+def test_a_long_depth_in_parts(build, of, turned, monkeypatch):
+    """Of more rows than those whose sums wait, or which are in tiles at a time; by threads that have a part each."""
     monkeypatch.setattr(amx, "WHOLE", 64)
     monkeypatch.setattr(amx, "PART", 48)
-    a = torch.randn(130, 1100, generator=torch.Generator().manual_seed(1)).to(BF16).t()
+    monkeypatch.setattr(amx_float32, "PART", 48)
+    monkeypatch.setattr(amx_float32, "OPERAND_BYTES", 500 * 64 * 6)
+    a = torch.randn(130, 1100, generator=torch.Generator().manual_seed(1)).to(of).t()
     a = a if turned else a.contiguous()
-    b = torch.randn(130, 170, generator=torch.Generator().manual_seed(2)).to(BF16)
+    b = torch.randn(130, 170, generator=torch.Generator().manual_seed(2)).to(of)
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        check(f"{threads} threads", a, b, F32, torch.randn(1100, 170))
+        for plus in (None, torch.randn(170), torch.randn(1100, 170)):
+            check(f"{threads} threads", a, b, F32, plus)
 
 
-def test_a_total_is_added_to_where_it_lies(build):
-    a, b = torch.randn(40, 50).to(BF16), torch.randn(50, 70).to(BF16)
-    for dtype in (F32, BF16):
+@pytest.mark.parametrize(("of", "dtype"), RESULTS, ids=str)
+def test_a_total_is_added_to_where_it_lies(build, of, dtype, monkeypatch):
+    monkeypatch.setattr(amx_float32, "PART", 32)
+    a, b = torch.randn(40, 50).to(of), torch.randn(50, 70).to(of)
+    for _ in range(2):
         total, apart = torch.randn(40, 70).to(dtype), poisoned((40, 70), dtype)
         run(a, b, apart, total)
         run(a, b, total, total)
         assert_bits(total, apart, "total")
 
 
-def test_threads_do_not_change_the_bits(build):
-    a, b, found = torch.randn(150, 70).to(BF16), torch.randn(70, 100).to(BF16), []
+@pytest.mark.parametrize("of", OF, ids=str)
+def test_threads_do_not_change_the_bits(build, of):
+    a, b, found = torch.randn(150, 70).to(of), torch.randn(70, 100).to(of), []
     for threads in (1, 2, 5, 8):
         torch.set_num_threads(threads)
-        found.append(poisoned((150, 100), BF16))
+        found.append(poisoned((150, 100), of))
         run(a, b, found[-1])
     for each in found[1:]:
         assert_bits(each, found[0], "out")
 
 
-def test_what_is_not_finite_stays_in_its_row_and_column(build):
-    a, b, out = torch.randn(40, 37).to(BF16), torch.randn(37, 40).to(BF16), poisoned((40, 40), BF16)
+@pytest.mark.parametrize("of", OF, ids=str)
+def test_plain_loops_give_the_bits_of_the_instructions(of, monkeypatch):
+    a, b, found = torch.randn(100, 170).to(of), torch.randn(170, 70).to(of), []
+    for name in ("this CPU's", "portable"):
+        with loaded(name, monkeypatch):
+            if not amx.available():
+                pytest.skip("no AMX")
+            found.append(poisoned((100, 70), F32))
+            run(a, b, found[-1])
+    assert_bits(found[1], found[0], "out")
+
+
+@pytest.mark.parametrize("of", OF, ids=str)
+def test_what_is_not_finite_stays_in_its_row_and_column(build, of):
+    a, b, out = torch.randn(40, 37).to(of), torch.randn(37, 40).to(of), poisoned((40, 40), of)
     a[3, 36], a[5, 0], b[2, 39] = float("nan"), float("inf"), float("-inf")
     run(a, b, out)
     bad = ~out.isfinite()
@@ -124,24 +152,65 @@ def test_what_is_not_finite_stays_in_its_row_and_column(build):
     assert torch.equal(bad, expected)
 
 
-def test_nothing_times_nothing(build):
-    out = torch.ones(3, 4)
-    run(torch.empty(3, 0, dtype=BF16), torch.empty(0, 4, dtype=BF16), out)
-    assert torch.equal(out, torch.zeros(3, 4))
-    run(torch.empty(0, 5, dtype=BF16), torch.ones(5, 4, dtype=BF16), torch.empty(0, 4))
+@pytest.mark.parametrize("of", OF, ids=str)
+def test_nothing_times_nothing(build, of):
+    for plus in (None, torch.arange(4.0)):
+        out = torch.ones(3, 4)
+        run(torch.empty(3, 0, dtype=of), torch.empty(0, 4, dtype=of), out, plus)
+        assert torch.equal(out, torch.zeros(3, 4) if plus is None else plus.expand(3, 4))
+    run(torch.empty(0, 5, dtype=of), torch.ones(5, 4, dtype=of), torch.empty(0, 4))
 
 
+@pytest.mark.parametrize("depth", [1, 31, 576])
+def test_each_sum_of_float32_is_as_near_as_its_terms_allow(build, depth):
+    """Numbers of twenty orders of magnitude. What six of nine products leave out is at most (2^-23 + 2^-32) |a| |b|,
+    and no number goes into a sum that is rounded more than max(depth, 32) times: 16 in a tile, then twelve for each 32
+    of the depth."""
+    draw = torch.Generator().manual_seed(depth)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw) * 10.0 ** (20 * torch.rand(shape, generator=draw) - 10)
+
+    a, b, out = numbers(70, depth), numbers(depth, 90), poisoned((70, 90), F32)
+    run(a, b, out)
+    most = (2.0**-23 + 2.0**-32 + max(depth, 32) * 2.0**-24) * (a.double().abs() @ b.double().abs())
+    assert ((out.double() - a.double() @ b.double()).abs() <= most).all()
+
+
+def test_float32_that_three_terms_hold_is_exact(build):
+    """Products of one nonzero number each: all nine of its terms' products but the last three, which are zero here."""
+    draw = torch.Generator().manual_seed(3)
+    a = torch.randint(-(2**23), 2**23, (40, 1), generator=draw).float()
+    b = (2.0 ** torch.randint(-20, 20, (1, 40), generator=draw)).float()
+    out = poisoned((40, 40), F32)
+    run(a, b, out)
+    assert torch.equal(out, a @ b)
+    run(b.t(), a.t(), out)
+    assert torch.equal(out, b.t() @ a.t())
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_every_rule_of_products_of_float32(build, name, monkeypatch):
+    monkeypatch.setattr(amx_float32, "LEAST", 1)
+    op, case = LINEAR[name]
+    case.check(PLANNED, op, F32)
+    labels = {call.label for call in case.program(PLANNED, F32, exact=False).calls}
+    assert any(label.startswith(amx_float32.LABEL) for label in labels), labels
+
+
+@pytest.mark.parametrize("dtype", OF, ids=str)
 @pytest.mark.parametrize("grads", CHUNKED)
-def test_cross_entropy_by_chunks(build, grads, monkeypatch):
+def test_cross_entropy_by_chunks(build, dtype, grads, monkeypatch):
     """Two chunks whose sum is rounded once, and one chunk alone."""
+    monkeypatch.setattr(amx_float32, "LEAST", 1)
     monkeypatch.setattr(loss, "CHUNK_ROWS", 4)
     for together in (False, True):
         monkeypatch.setattr(loss, "_chunk", lambda count, *_, all_of_it=together: count if all_of_it else 8)
         for case in CHUNKED[grads]:
-            case.check(PLANNED, "linear_cross_entropy", BF16)
+            case.check(PLANNED, "linear_cross_entropy", dtype)
 
 
 def test_a_plan_says_which_product_runs(build):
-    for dtype, label in ((BF16, amx.LABEL), (F32, "aten mm")):
-        ins = (torch.randn(4, 8).to(dtype), torch.randn(3, 8).to(dtype), None)
+    for dtype, size, label in ((BF16, 8, amx.LABEL), (F32, 8, "aten mm"), (F32, 64, amx_float32.LABEL)):
+        ins = (torch.randn(64, size).to(dtype), torch.randn(72, size).to(dtype), None)
         assert PLANNED.lower(node_of("linear", ins, {})).label == label

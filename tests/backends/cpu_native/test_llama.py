@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from smedjan.backends.cpu_native import amx, amx_float32
 from smedjan.passes.lora import Lora
 from tests.backends.cpu_native.tiny_llama import KINDS, check_step, programs
 
@@ -19,6 +20,17 @@ def test_a_step_is_within_the_bound(kind, dtype, lora):
 
 def test_a_tied_head_is_within_the_bound():
     check_step("cpu_native", "none", "float32", None, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_whose_products_are_all_on_amx_is_within_the_bound(kind, lora, monkeypatch):
+    if not amx.available():
+        pytest.skip("no AMX")
+    monkeypatch.setattr(amx_float32, "LEAST", 1)
+    ran = {row["lowering"] for program in programs("cpu_native", lora=lora)[:-1] for row in program.lowerings()}
+    assert any(label.startswith(amx_float32.LABEL) for label in ran), ran
+    check_step("cpu_native", kind, "float32", lora)
 
 
 NATIVE = {"add_rms_norm", "rms_norm", "rms_norm_bwd", "glu", "glu_bwd", "qk_norm_rope", "qk_norm_rope_bwd"}

@@ -48,6 +48,7 @@ static inline void tiles_begin(void)
 #define TILE_STREAM(t, from, bytes) _tile_stream_loadd(t, from, bytes) /* what the first cache need not keep */
 #define TILE_STORE(t, to, bytes) _tile_stored(t, to, bytes)
 #define TILE_DOT(c, a, b) _tile_dpbf16ps(c, a, b)
+#define LINE_SOON(x) _mm_prefetch((const char *)(x), _MM_HINT_T0)
 
 #elif TILES == 1
 static inline int tiles_granted(void) { return 1; }
@@ -66,19 +67,22 @@ static inline void tile_store(const tile *t, void *to, int64_t bytes)
         memcpy((char *)to + i * bytes, t->row[i], 64);
 }
 
-/* c[m, n] += sum over pairs p of a[m, 2 p] b[p, 2 n] + a[m, 2 p + 1] b[p, 2 n + 1] */
+/* c[m, n] += (sum over pairs p of a[m, 2 p] b[p, 2 n]) + (the same of a[m, 2 p + 1] b[p, 2 n + 1]), as the instruction's
+ * page sums them, so that both give the same bits. */
 static inline void tile_dot(tile *c, const tile *a, const tile *b)
 {
     for (int m = 0; m < TILE; m++)
         for (int n = 0; n < TILE; n++) {
-            float sum;
-            memcpy(&sum, c->row[m] + 4 * n, 4);
+            float sum, even = 0.0f, odd = 0.0f;
             for (int p = 0; p < TILE; p++) {
                 bf16 x[2], y[2];
                 memcpy(x, a->row[m] + 4 * p, 4);
                 memcpy(y, b->row[p] + 4 * n, 4);
-                sum += widen(x[0]) * widen(y[0]) + widen(x[1]) * widen(y[1]);
+                even += widen(x[0]) * widen(y[0]);
+                odd += widen(x[1]) * widen(y[1]);
             }
+            memcpy(&sum, c->row[m] + 4 * n, 4);
+            sum += even + odd;
             memcpy(c->row[m] + 4 * n, &sum, 4);
         }
 }
@@ -91,6 +95,7 @@ static inline void tiles_begin(void) {}
 #define TILE_STREAM TILE_LOAD
 #define TILE_STORE(t, to, bytes) tile_store(&tiles[t], to, bytes)
 #define TILE_DOT(c, a, b) tile_dot(&tiles[c], &tiles[a], &tiles[b])
+#define LINE_SOON(x) ((void)(x))
 #endif
 
 #endif

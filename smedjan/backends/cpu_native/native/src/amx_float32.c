@@ -1,0 +1,222 @@
+/* out = a b (+ plus) of float32 on AMX's tiles, whose operands are bfloat16: each number is the sum of three of them,
+ *
+ *     x = h + m + l,    h = bf16(x),    m = bf16(x - h),    l = x - h - m
+ *
+ * which is exact (3 x 8 bits are the 24 of float32), and six of the nine products make
+ *
+ *     a b = ah bh + (am bh + ah bm) + (al bh + ah bl + am bm) + e,    |e| <= (2^-23 + 2^-32) |a| |b|
+ *
+ * since |m| <= 2^-8 |x| and |l| <= 2^-16 |x|: what is left out is below one rounding of float32's own product. Products
+ * of bfloat16 are exact in float32, and so are sums rounded, as TDPBF16PS rounds them: those of 16 numbers among
+ * themselves, then into the total, so that a total is rounded less often than by a loop of FMAs.
+ *
+ * Henry, Tang, Heinecke: Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations,
+ * 2019 (arXiv 1904.06376), section 3: three terms, six products.
+ *
+ * AMX takes subnormal numbers for zero: an error of 2^-126 |b| for each a, where an a is below 2^-110, and the same with
+ * a and b changed. A number that is not finite, or above 2^128 (1 - 2^-9), makes NaN of what it takes part in.
+ */
+#define _GNU_SOURCE /* syscall */
+#include "amx_operands.h"
+
+#if TILES
+
+#define TERMS 3
+#define BLOCK_SIZE (BLOCK * DEPTH)              /* numbers of 32 lines in a step of the depth */
+#define OPERAND (TERMS * BLOCK_SIZE)            /* their terms */
+
+/* The terms h, m, l of 32 rows of 32 numbers, of which `rows` and `wide` are there, the others 0: each [32, 32] */
+#if TILES == 2
+static inline __mmask16 first16(int64_t count) { return count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0; }
+
+static inline void split(bf16 *const *terms, const float *x, int64_t pitch, int64_t rows, int64_t wide)
+{
+    const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
+                                           25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    const __m512i half = _mm512_set1_epi32(0x8000), kept = _mm512_set1_epi32((int)0xffff0000);
+    const __mmask16 left = first16(wide), right = first16(wide - 16);
+    for (int64_t i = 0; i < BLOCK; i++) {
+        __m512 a = _mm512_setzero_ps(), b = a;
+        if (i < rows) {
+            a = _mm512_maskz_loadu_ps(left, x + i * pitch);
+            b = _mm512_maskz_loadu_ps(right, x + i * pitch + 16);
+        }
+        for (int term = 0; term < TERMS; term++) {
+            __m512i p = _mm512_castps_si512(a), q = _mm512_castps_si512(b);
+            if (term < TERMS - 1) {
+                p = _mm512_add_epi32(p, half);
+                q = _mm512_add_epi32(q, half);
+            }
+            _mm512_storeu_si512(terms[term] + i * DEPTH, _mm512_permutex2var_epi16(p, upper, q));
+            a = _mm512_sub_ps(a, _mm512_castsi512_ps(_mm512_and_si512(p, kept)));
+            b = _mm512_sub_ps(b, _mm512_castsi512_ps(_mm512_and_si512(q, kept)));
+        }
+    }
+}
+#else
+static inline void split(bf16 *const *terms, const float *x, int64_t pitch, int64_t rows, int64_t wide)
+{
+    for (int64_t i = 0; i < BLOCK; i++)
+        for (int64_t j = 0; j < DEPTH; j++) {
+            float rest = i < rows && j < wide ? x[i * pitch + j] : 0.0f;
+            for (int term = 0; term < TERMS; term++) {
+                uint32_t bits;
+                memcpy(&bits, &rest, 4);
+                const bf16 each = {(uint16_t)((bits + (term < TERMS - 1 ? 0x8000u : 0u)) >> 16)};
+                terms[term][i * DEPTH + j] = each;
+                rest -= widen(each);
+            }
+        }
+}
+#endif
+
+/* Terms lie in the order in which they are read: of a l, m, h, of b h, l, m. */
+static inline void put_a(bf16 *to, const float *a, int64_t pitch, int across, int64_t rows, int64_t depth)
+{
+    bf16 *const places[TERMS] = {to + 2 * BLOCK_SIZE, to + BLOCK_SIZE, to};
+    if (!across) {
+        split(places, a, pitch, rows, depth); /* rows of tiles as they are */
+        return;
+    }
+    bf16 room[OPERAND], *const terms[TERMS] = {room, room + BLOCK_SIZE, room + 2 * BLOCK_SIZE};
+    split(terms, a, pitch, depth, rows);
+    for (int term = 0; term < TERMS; term++)
+        put_across(places[term], terms[term], DEPTH, BLOCK, DEPTH, 1);
+}
+
+static inline void put_b(bf16 *to, const float *b, int64_t pitch, int across, int64_t columns, int64_t depth)
+{
+    bf16 *const places[TERMS] = {to, to + 2 * BLOCK_SIZE, to + BLOCK_SIZE};
+    bf16 room[OPERAND], *const terms[TERMS] = {room, room + BLOCK_SIZE, room + 2 * BLOCK_SIZE};
+    if (across)
+        split(terms, b, pitch, depth, columns);
+    else
+        split(terms, b, pitch, columns, depth);
+    for (int term = 0; term < TERMS; term++)
+        if (across)
+            put_across(places[term], terms[term], DEPTH, BLOCK, DEPTH, 0);
+        else
+            put_lines(places[term], terms[term], DEPTH, BLOCK, DEPTH, 1);
+}
+
+/* arrays: a, tiles
+ * numbers: rows, depth, pitch, whether a lies across
+ *
+ * Blocks of 32 rows, of each its steps of the depth, of these the terms. */
+__attribute__((visibility("default"))) void smedjan_amx_split(const step *s, int rank, int threads)
+{
+    const int64_t rows = s->number[0], depth = s->number[1], pitch = s->number[2];
+    const int across = s->number[3] != 0;
+    const float *a = s->array[0];
+    const int64_t blocks = (rows + BLOCK - 1) / BLOCK, steps = (depth + DEPTH - 1) / DEPTH;
+    int64_t from, to;
+    share(blocks * steps, 1, rank, threads, &from, &to);
+    for (int64_t each = from; each < to; each++) {
+        const int64_t row = each / steps * BLOCK, k = each % steps * DEPTH;
+        put_a((bf16 *)s->array[1] + each * OPERAND, across ? a + k * pitch + row : a + row * pitch + k, pitch, across,
+              least(BLOCK, rows - row), least(DEPTH, depth - k));
+    }
+}
+
+/* sums[32, 32] = block panel, `steps` of the depth */
+static inline void multiply(const bf16 *a, const bf16 *b, int64_t steps, float *sums, int64_t pitch)
+{
+    TILES_HERE
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+    TILE_ZERO(2);
+    TILE_ZERO(3);
+#define BOTH_ROWS()                                                                                                    \
+    TILE_DOT(0, 4, 6);                                                                                                 \
+    TILE_DOT(1, 4, 7);                                                                                                 \
+    TILE_DOT(2, 5, 6);                                                                                                 \
+    TILE_DOT(3, 5, 7)
+#define LOAD_A(place)                                                                                                  \
+    TILE_LOAD(4, a + (place) * BLOCK_SIZE, 64);                                                                        \
+    TILE_LOAD(5, a + (place) * BLOCK_SIZE + TILE_SIZE, 64)
+#define LOAD_B(place)                                                                                                  \
+    TILE_LOAD(6, b + (place) * BLOCK_SIZE, 64);                                                                        \
+    TILE_LOAD(7, b + (place) * BLOCK_SIZE + TILE_SIZE, 64)
+/* The next step's operands come from the second cache, and a from the third: in good time. */
+#define NEXT(part)                                                                                                     \
+    for (int line = 0; line < TILE; line++) {                                                                          \
+        LINE_SOON(a + OPERAND + (part) * TILE_SIZE + line * DEPTH);                                                    \
+        LINE_SOON(b + OPERAND + (part) * TILE_SIZE + line * DEPTH);                                                    \
+    }
+    for (int64_t k = 0; k < steps; k++, a += OPERAND, b += OPERAND) {
+        LOAD_B(0); /* h */
+        LOAD_A(0); /* l */
+        BOTH_ROWS();
+        NEXT(0)
+        LOAD_A(1); /* m */
+        BOTH_ROWS();
+        NEXT(1)
+        LOAD_A(2); /* h */
+        BOTH_ROWS();
+        NEXT(2)
+        LOAD_B(1); /* l */
+        BOTH_ROWS();
+        NEXT(3)
+        LOAD_B(2); /* m */
+        BOTH_ROWS();
+        NEXT(4)
+        LOAD_A(1); /* m */
+        BOTH_ROWS();
+        NEXT(5)
+    }
+    const int64_t bytes = pitch * (int64_t)sizeof(float);
+    TILE_STORE(0, sums, bytes);
+    TILE_STORE(1, sums + TILE, bytes);
+    TILE_STORE(2, sums + TILE * pitch, bytes);
+    TILE_STORE(3, sums + TILE * pitch + TILE, bytes);
+}
+
+DEFINE_WRITE(float32)
+
+/* arrays: a's tiles, b, plus, out, room
+ * numbers: rows, columns, depth; pitch of b, whether it lies across; pitch of plus; of out; group
+ *
+ * Columns are taken in panels of 32, `group` panels at a time: their part of b is put in tiles, which stay in the
+ * second cache while all blocks of a pass. `room` has for each thread the tiles of `group` panels. */
+__attribute__((visibility("default"))) void smedjan_amx_float32(const step *s, int rank, int threads)
+{
+    const int64_t *n = s->number, rows = n[0], columns = n[1], depth = n[2], pitch = n[3], plus_pitch = n[5];
+    const int64_t out_pitch = n[6], group = n[7];
+    const int across_depth = n[4] != 0;
+    const bf16 *a = s->array[0];
+    const float *b = s->array[1], *plus = s->array[2];
+    float *out = s->array[3];
+    const int64_t blocks = (rows + BLOCK - 1) / BLOCK, panels = (columns + BLOCK - 1) / BLOCK;
+    const int64_t steps = (depth + DEPTH - 1) / DEPTH, size = steps * OPERAND;
+    const int across = fitting(threads, panels), down = threads / across;
+    const int64_t from = blocks * (rank / across) / down, to = blocks * (rank / across + 1) / down;
+    const int64_t first = panels * (rank % across) / across, last = panels * (rank % across + 1) / across;
+    bf16 *tiles = (bf16 *)s->array[4] + rank * group * size;
+    float sums[BLOCK * BLOCK];
+    tiles_begin();
+    for (int64_t panel = first; panel < last && from < to; panel += group) {
+        const int64_t count = least(group, last - panel);
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t column = (panel + i) * BLOCK;
+            for (int64_t k = 0; k < steps; k++)
+                put_b(tiles + i * size + k * OPERAND,
+                      across_depth ? b + k * DEPTH * pitch + column : b + column * pitch + k * DEPTH, pitch,
+                      across_depth, least(BLOCK, columns - column), least(DEPTH, depth - k * DEPTH));
+        }
+        for (int64_t block = from; block < to; block++)
+            for (int64_t i = 0; i < count; i++) {
+                const int64_t row = block * BLOCK, column = (panel + i) * BLOCK;
+                const int64_t high = least(BLOCK, rows - row), wide = least(BLOCK, columns - column);
+                float *to = out + row * out_pitch + column;
+                if (plus == NULL && high == BLOCK && wide == BLOCK) {
+                    multiply(a + block * size, tiles + i * size, steps, to, out_pitch);
+                    continue;
+                }
+                multiply(a + block * size, tiles + i * size, steps, sums, BLOCK);
+                write_float32(sums, plus ? plus + row * plus_pitch + column : NULL, plus_pitch, to, out_pitch, high,
+                              wide);
+            }
+    }
+    TILES_END();
+}
+#endif
