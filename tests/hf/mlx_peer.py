@@ -9,6 +9,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import torch
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from transformers import AutoModelForCausalLM
 
@@ -87,3 +89,35 @@ def dequantised(directory: Path, out: Path) -> tuple[torch.Tensor, torch.Tensor]
     model = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager", dtype=report.dtype).eval()
     with torch.no_grad():
         return model(IDS).logits.float(), model.double()(IDS).logits
+
+
+def mlx_adapter(
+    base: Path, folder: Path, settings: dict[str, Any], blocks: int, *, dora: bool = False
+) -> tuple[Path, torch.Tensor]:
+    """(directory, logits) of a random adapter that mlx-lm made and saved, as `mlx_lm.lora` does."""
+    model, _ = load_model(base)
+    linear_to_lora_layers(model, blocks, dict(settings), use_dora=dora)
+    generator = np.random.default_rng(0)
+    made = {}
+    for name, array in tree_flatten(model.parameters()):
+        part = name.rpartition(".")[2]
+        drawn = generator.normal(size=array.shape).astype(np.float32)
+        if part in ("lora_a", "lora_b"):
+            made[name] = mx.array(0.1 * drawn)
+        elif part == "m":
+            made[name] = array * mx.array(1 + 0.2 * drawn)
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), made)
+    kind = "dora" if dora else "lora"
+    save_config(
+        {"model": str(base), "fine_tune_type": kind, "num_layers": blocks, "lora_parameters": settings, "seed": 0},
+        folder / "adapter_config.json",
+    )
+    return folder, adapted_logits(base, folder)
+
+
+def adapted_logits(base: Path, adapter: Path) -> torch.Tensor:
+    model, _ = load_model(base)
+    model = load_adapters(model, str(adapter))
+    model.eval()  # as mlx_lm.load leaves it
+    return torch.from_numpy(np.array(model(mx.array(IDS.numpy()))))

@@ -17,13 +17,24 @@ import smedjan
 from smedjan.checkpoint.dtype import convert
 from smedjan.checkpoint.safetensors import open_checkpoint
 from smedjan.hf.export_mlx import export_mlx
+from smedjan.hf.export_mlx_lm import OTHER_NAMES, export_adapter
 from smedjan.hf.load import open_model, open_session
 from smedjan.passes.lora import Lora
 from smedjan.runtime.select import backend
 from smedjan.runtime.session import Session
 from tests.backends.cpu_native.fused_cases import Float64
 from tests.conftest import assert_bits, make_batch
-from tests.hf.mlx_peer import FAMILIES, dequantised, logits_of, make_imported, mlx_logits, mlx_quantized
+from tests.hf.mlx_peer import (
+    FAMILIES,
+    IDS,
+    adapted_logits,
+    dequantised,
+    logits_of,
+    make_imported,
+    mlx_adapter,
+    mlx_logits,
+    mlx_quantized,
+)
 from tests.tolerances import assert_near
 
 OTHERWISE = {"gemma": "exact GELU alone"}
@@ -69,6 +80,27 @@ def gradients(directory: Path) -> list[torch.Tensor]:
         back = (arrays.from_raw(session.backend.to_raw(grads[name])) for name in adapters)
         made.append(torch.cat([array.reshape(-1) for array in back]))
     return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in OTHER_NAMES])
+def test_adapters_there_and_back(family: str, tmp_path: Path) -> None:
+    """mlx-lm's adapters of all linear layers: its logits and ours on MLX are within the bound of both in float64, and
+    ours exported again is to mlx-lm the same to the bit."""
+    base = make_imported(family, tmp_path / "base")
+    adapter, theirs = mlx_adapter(base, tmp_path / "adapter", {"rank": 4, "scale": 1.7, "dropout": 0.0}, 4)
+    plain = open_session(open_model(base), backend("torch_reference"), attention="eager", adapter=adapter)
+    weights = {name: array.double() for name, array in plain.parameters.items()}
+    wide = Session(Float64(), plain.config, weights, "float32", attention="eager", lora=plain.lora)
+    batch = make_batch(seq=IDS.shape[1])
+    batch.input_ids = IDS.numpy()
+    reference, truth = plain.logits(batch), wide.logits(batch)
+    assert_near(family, logits_of(base, "mlx_metal", adapter=adapter), truth, reference)
+    assert float((truth - logits_of(base, "torch_reference")).norm()) > 1e-2 * float(truth.norm())
+    if family not in OTHERWISE:
+        assert_near(f"mlx-lm, {family}", theirs, truth, reference)
+    export_adapter(base, tmp_path / "again", adapter=adapter)
+    assert torch.equal(adapted_logits(base, tmp_path / "again"), theirs)
 
 
 def test_gpt_neox_by_mlx_lm_s_names(tmp_path: Path) -> None:
