@@ -12,18 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 from mlx_lm.utils import load_model, save_config, save_model
+from safetensors.torch import load_file, save_file
 
 import smedjan
 from smedjan.checkpoint.dtype import convert
 from smedjan.checkpoint.safetensors import open_checkpoint
+from smedjan.errors import SmedjanError
 from smedjan.hf.export_mlx import export_mlx
 from smedjan.hf.export_mlx_lm import OTHER_NAMES, export_adapter
+from smedjan.hf.import_model import import_model
 from smedjan.hf.load import open_model, open_session
 from smedjan.passes.lora import Lora
 from smedjan.runtime.select import backend
 from smedjan.runtime.session import Session
 from tests.backends.cpu_native.fused_cases import Float64
 from tests.conftest import assert_bits, make_batch
+from tests.families import CASES, make_model
 from tests.hf.mlx_peer import (
     FAMILIES,
     IDS,
@@ -128,3 +132,16 @@ def test_gpt_neox_by_mlx_lm_s_names(tmp_path: Path) -> None:
     assert_bits(
         logits_of(tmp_path / "ours", "torch_reference"), logits_of(tmp_path / "again", "torch_reference"), "in few bits"
     )
+
+
+def test_gpt2_is_refused(tmp_path: Path) -> None:
+    """mlx-lm reads it without `transformer.` before its names, and codes the transposes of its weights."""
+    settings = {**CASES["gpt2"]["plain"], "n_embd": 64, "n_inner": 256, "n_head": 4}
+    make_model("gpt2", settings).save_pretrained(tmp_path / "source")
+    import_model(tmp_path / "source", tmp_path / "plain")
+    (weights,) = (tmp_path / "plain").glob("*.safetensors")
+    save_file({name.removeprefix("transformer."): each for name, each in load_file(weights).items()}, weights)
+    directory = mlx_quantized(tmp_path / "plain", tmp_path / "quantised")
+    with pytest.raises(SmedjanError, match=r"config\.json: quantization: gpt2 has its weights transposed") as raised:
+        open_model(directory)
+    assert raised.value.remedy
