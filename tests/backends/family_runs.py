@@ -25,6 +25,7 @@ from smedjan.train.step import Trainer
 from tests.backends.cpu_native.fused_cases import WIDE, Float64
 from tests.conftest import VOCAB
 from tests.families import CASES, make_model, make_session_of
+from tests.tolerances import nudged
 
 METHODS, KINDS = ("full", "lora", "qlora"), ("causal", "packed")
 """And "mixed", all of them in one run: a block's linear layers are, by turns, of 4 bits with an adapter, frozen with an
@@ -141,17 +142,11 @@ def is_any(name: str, targets: Sequence[str]) -> bool:
     return any(is_named(name.removesuffix(".weight"), target) for target in targets)
 
 
-def nudged(array: torch.Tensor, seed: int) -> torch.Tensor:
-    """Each element is one of the two float32 numbers beside it."""
-    up = torch.randint(0, 2, array.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    return torch.nextafter(array, up * torch.inf)
-
-
 @dataclass(frozen=True)
 class Curve:
-    """losses [steps]; gradients float64 [steps, parameters], before they are clipped."""
+    """Both in float64: losses [steps], gradients [steps, parameters] before they are clipped."""
 
-    losses: np.ndarray
+    losses: torch.Tensor
     gradients: torch.Tensor
 
 
@@ -196,4 +191,4 @@ class Runs:
         trainer = _Recorder(self.session, self.parts.trained, AdamW(clip=1.0, weight_decay=0.01, eps=EPS))
         batches = [batch_of(self.kind, seed) for seed in range(3)]
         losses = [trainer.step([batches[number % 3]], number=number, lr=self.rate)[0] for number in range(1, STEPS + 1)]
-        return Curve(np.array(losses), torch.stack(trainer.gradients))
+        return Curve(torch.tensor(losses, dtype=torch.float64), torch.stack(trainer.gradients))
