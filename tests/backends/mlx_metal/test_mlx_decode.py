@@ -28,6 +28,8 @@ WINDOW = 4
 PARTS = (3, 2, 1, 6, 1, 1, 4, 1, 1)
 PROMPT = [5, 80, 13, 7, 44, 21, 9]
 NEW = 24
+SEEDS = {("gemma2", "tight-caps"): 1, ("gemma3_text", "cap-biases"): 1}
+"""Where the weights of seed 0 say one token again and again."""
 
 
 def windowed() -> Iterator[Any]:
@@ -73,7 +75,7 @@ def one_each() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("family", "case"), one_each())
 def test_greedy_text_is_torch_reference_s(family: str, case: str) -> None:
-    model = make_model(family, CASES[family][case], attention="eager", calm=True)
+    model = make_model(family, CASES[family][case], attention="eager", calm=True, seed=SEEDS.get((family, case), 0))
     sessions = [make_session_of(model, attention="eager", on=on) for on in ("torch_reference", "mlx_metal")]
     count = min(NEW, sessions[0].config.max_position_embeddings - len(PROMPT))
     theirs, ours = (list(generate(session, PROMPT, max_new_tokens=count)) for session in sessions)
