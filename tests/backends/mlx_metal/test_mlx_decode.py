@@ -24,7 +24,7 @@ from smedjan.runtime.session import Cache, Session
 from tests.families import CASES, make_model, make_session_of
 from tests.tolerances import assert_near
 
-WINDOW = 4
+WINDOW, PADDINGS = 4, ("none", "left")
 PARTS = (3, 2, 1, 6, 1, 1, 4, 1, 1)
 PROMPT = [5, 80, 13, 7, 44, 21, 9]
 NEW = 24
@@ -33,13 +33,18 @@ SEEDS = {("gemma2", "tight-caps"): 1, ("gemma3_text", "cap-biases"): 1}
 
 
 def windowed() -> Iterator[Any]:
-    """Each case with a window that the text goes past; the first of each family in every run of the tests."""
-    seen = set()
+    """Each case with a window that the text goes past. In every run of the tests the first of each family, padded or
+    not by turns."""
+    seen: list[str] = []
     for family, cases in CASES.items():
         for case, settings in cases.items():
             if settings.get("sliding_window") == WINDOW:
-                yield pytest.param(family, case, marks=pytest.mark.slow if family in seen else ())
-                seen.add(family)
+                turn = None if family in seen else PADDINGS[len(seen) % 2]
+                for padding in PADDINGS:
+                    marks = () if padding == turn else pytest.mark.slow
+                    yield pytest.param(family, case, padding, marks=marks)
+                if turn:
+                    seen.append(family)
 
 
 def in_parts(session: Session, batch: Any) -> torch.Tensor:
@@ -54,8 +59,7 @@ def in_parts(session: Session, batch: Any) -> torch.Tensor:
     return torch.cat(made, dim=1)
 
 
-@pytest.mark.parametrize("padding", ["none", "left"])
-@pytest.mark.parametrize(("family", "case"), windowed())
+@pytest.mark.parametrize(("family", "case", "padding"), windowed())
 def test_decode_in_parts_past_the_window(family: str, case: str, padding: str) -> None:
     model = make_model(family, CASES[family][case], attention="eager")
     plain, ours = (make_session_of(model, attention="eager", on=on) for on in ("torch_reference", "mlx_metal"))
