@@ -12,9 +12,18 @@ Triton's interpreter, whose functions are numpy's. FlashAttention's tests have t
 A whole model's results are held to the same formula in Euclidean norms, tensor by tensor (`assert_near`): each inherits
 its error from all the layers around it, so that its largest element is a single draw, and a lucky one of the plain
 computation would bound nothing.
+
+A training run feeds on its own errors, so that a whole curve is nearly a single draw too (`run_bound`). e_plain is
+therefore the largest of several plain runs: of the weights, and of weights that are each `nudged` to a float32 number
+beside them. A computed product of n terms is the exact one of weights that are off by up to n u, and of no nearer ones
+(Higham, "Accuracy and Stability of Numerical Algorithms", 3.1), so that a step of one float is less than what any order
+of the sums does. A run that amplifies errors without bound would be held to nothing: the caller sees to it that losses
+fall by far more than the bound.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -57,3 +66,22 @@ def assert_near(name: str, value: Tensor, reference: Tensor, plain: Tensor) -> N
     found = float((value.double() - reference).norm())
     most = 2 * float((plain.double() - reference).norm()) + 2 * UNIT_ROUNDOFF[value.dtype] * float(reference.norm())
     assert found <= most, f"{name}: error {found:.3e} > bound {most:.3e} ({value.dtype}, {list(value.shape)})"
+
+
+def nudged(array: Tensor, seed: int) -> Tensor:
+    """Each element is one of the two float32 numbers beside it."""
+    up = torch.randint(0, 2, array.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return torch.nextafter(array, up * torch.inf)
+
+
+def run_error(values: Tensor, reference: Tensor) -> float:
+    """Of the values of each step, [steps] or as vectors [steps, n]: the largest Euclidean norm of a difference."""
+    assert values.shape == reference.shape, f"{list(values.shape)} is not {list(reference.shape)}"
+    off = (values.double() - reference).reshape(len(reference), -1).norm(dim=1)
+    return float(off.nan_to_num(nan=float("inf")).max())
+
+
+def run_bound(reference: Tensor, plain: Sequence[Tensor], dtype: torch.dtype) -> float:
+    """2 e_plain + 2 u max |reference| over the steps; e_plain is the largest of all runs in `plain`."""
+    size = run_error(reference, torch.zeros_like(reference))
+    return 2 * max(run_error(run, reference) for run in plain) + 2 * UNIT_ROUNDOFF[dtype] * size

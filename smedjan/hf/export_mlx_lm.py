@@ -18,9 +18,6 @@ from smedjan.passes.lora import Lora, module_of
 
 MERGE = "merge it into a model, which mlx-lm loads: smedjan merge"
 
-OTHER_NAMES = ("gpt2", "gpt_neox")
-"""Families whose modules mlx-lm calls otherwise than transformers, and so than we."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterReport:
@@ -66,6 +63,7 @@ def export_adapter(source: str | Path, out: str | Path, *, adapter: str | Path |
             dora=lora.dora,
             layers=files.config.num_hidden_layers,
             base=str(base),
+            model_type=files.config.model_type,
         )
     storage = told(directory).get("storage")
     note = f"trained beside weights in {storage}: mlx-lm lays it beside those that the base stores"
@@ -83,9 +81,9 @@ def export_adapter(source: str | Path, out: str | Path, *, adapter: str | Path |
 
 def _check_names(files: ModelFiles) -> None:
     kind = files.config.model_type
-    if kind in OTHER_NAMES:
+    if files.config.conv1d:
         raise ConfigError(
-            f"mlx-lm calls the modules of {kind} otherwise",
+            f"mlx-lm calls the modules of {kind} otherwise, and transposes them",
             file=files.path / "config.json",
             field="model_type",
             remedy=MERGE,

@@ -269,8 +269,8 @@ def _renamed(read: Source, config: DecoderConfig, known: set[str]) -> dict[str, 
     entries: dict[str, LazyTensor] = {}
     for name, entry in read.tensors.entries.items():
         parameter = stored.get(name, name)
-        for pattern, replacement in config.accepted if name not in known else ():
-            parameter = re.sub(f"^{pattern}", replacement, parameter)
+        if name not in known:
+            parameter = config.parameter(parameter)
         if parameter in entries:
             raise CheckpointError(
                 f"is there a second time, as {name}", file=entry.file, field=parameter, remedy="drop one of the two"

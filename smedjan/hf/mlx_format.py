@@ -9,7 +9,7 @@ scales is held whole. mlx-lm writes the same object a second time as `quantizati
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,11 @@ def joined(
     made = dict(entries)
     modules = {name.removesuffix(".weight") for name in (*config.linear_weights(), config.embedding, config.head)}
     modules |= {name.removesuffix(".weight") for name in config.tied()}
-    for named in quantization.by_module:
-        if named not in modules:
+    by_module: dict[str, Affine | None] = {}
+    for named, held in quantization.by_module.items():
+        module = named if named in modules else config.parameter(f"{named}.weight").removesuffix(".weight")
+        by_module[module] = held
+        if module not in modules:
             close = nearest(named, modules)
             hint = f"did you mean {close!r}? " if close else ""
             raise ConfigError(
@@ -110,6 +113,7 @@ def joined(
                 field=f"{KEY}.{named}",
                 remedy=f"{hint}correct config.json",
             )
+    quantization = replace(quantization, by_module=by_module)
     shapes = config.parameter_shapes()
     shapes |= {alias: shapes[name] for alias, name in config.tied().items()}
     for module in sorted(modules):

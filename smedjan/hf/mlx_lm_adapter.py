@@ -36,6 +36,13 @@ _EMBEDDINGS = ("embed_tokens", "wte", "embed_in")
 _BLOCK = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)\.(.+)")
 
 
+_GPT_NEOX = (
+    (re.compile(r"model\.h\.(?=\d+\.(?:attention|mlp\.dense_))"), "gpt_neox.layers."),
+    (re.compile(r"model\.embed_out$"), "lm_head"),
+)
+"""mlx-lm's names of the one family's modules that has others there, and HF's. No other family has such."""
+
+
 def is_mlx_lm(directory: Path) -> bool:
     """Whether the adapter there is in this layout, by the keys that one of the two configs has alone."""
     file = directory / CONFIG
@@ -81,7 +88,7 @@ def tensors_of(directory: Path) -> Mapping[str, RawTensor]:
     for name in found:
         module, _, part = name.rpartition(".")
         tensor = found[name]
-        made[PARTS[part](module)] = tensor if part == "m" else _transposed(tensor)
+        made[PARTS[part](_ours(module))] = tensor if part == "m" else _transposed(tensor)
     return made
 
 
@@ -109,15 +116,17 @@ def write_adapter(
     dora: bool,
     layers: int,
     base: str,
+    model_type: str,
 ) -> None:
     """`tensors` under PEFT's names become both files, the config last. `layers`: of the model."""
-    chosen = tuple(modules)
+    theirs = {module: _theirs(module) if model_type == "gpt_neox" else module for module in modules}
+    chosen = tuple(theirs.values())
     stored = {}
-    for module in chosen:
+    for module, called in theirs.items():
         for part, name in PARTS.items():
             if part != "m" or dora:
                 tensor = convert(tensors[name(module)], "float32")
-                stored[f"{module}.{part}"] = tensor if part == "m" else _transposed(tensor)
+                stored[f"{called}.{part}"] = tensor if part == "m" else _transposed(tensor)
     save_file(directory / WEIGHTS, stored, {"format": "mlx"})
     keys, last = _keys(chosen, layers)
     config = {
@@ -159,10 +168,21 @@ def _modules(directory: Path, kind: str, rank: int) -> tuple[str, ...]:
                 field=name,
                 remedy="save it again with mlx-lm",
             )
-        found[module] = None
+        found[_ours(module)] = None
     if not found:
         raise CheckpointError("holds no adapter", file=file, remedy="give what mlx_lm.lora saved")
     return tuple(found)
+
+
+def _ours(module: str) -> str:
+    for pattern, name in _GPT_NEOX:
+        module = pattern.sub(name, module)
+    return module
+
+
+def _theirs(module: str) -> str:
+    """Of GPT-NeoX."""
+    return "model.embed_out" if module == "lm_head" else module.replace("gpt_neox.layers.", "model.h.")
 
 
 def _targets(modules: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[int, ...] | None]:

@@ -5,6 +5,7 @@ V vocab_size, H hidden_size, I intermediate_size, A attention heads, K key/value
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -93,8 +94,8 @@ class DecoderConfig:
     padding_idx     the row of the embedding that gets no gradient
     restart_after   tokens after which a generation starts over: what is cached was turned by other frequencies
     stored          (parameter, its name in the checkpoint) where they differ: read and written
-    accepted        (pattern, replacement) of older names, which are read alone; buffers: a pattern of tensors that are
-                    passed over, since the config gives them
+    accepted        (pattern, replacement) of names elsewhere, which are only read
+    buffers         a pattern of tensors that are passed over, since the config gives them
     dropout         what config.json asks for in training: none of it enters the computation
     """
 
@@ -159,6 +160,12 @@ class DecoderConfig:
     def head(self) -> str:
         """The parameter that is the output head: the embedding where they are tied."""
         return self.embedding if self.tie_word_embeddings else f"{self.names.head}.weight"
+
+    def parameter(self, name: str) -> str:
+        """The parameter that a checkpoint has as `name`, one of `accepted`."""
+        for pattern, replacement in self.accepted:
+            name = re.sub(f"^{pattern}", replacement, name)
+        return name
 
     def linear_layers(self) -> tuple[str, ...]:
         """The last parts of the names of a block's linear layers, each once: what adapters are put beside."""

@@ -34,6 +34,12 @@ NAMES = Names(
         "down": "mlp.dense_4h_to_h",
     },
 )
+MLX_LM = (
+    (r"model\.h\.", "gpt_neox.layers."),
+    (r"model\.(embed_in|final_layer_norm)\.", r"gpt_neox.\1."),
+    (r"(model\.)?embed_out\.", "lm_head."),
+)
+"""What mlx-lm calls them in what it writes; the last also for a quantised head's scales, under HF's name."""
 KEYS = RopeKeys(theta="rotary_emb_base", partial="rotary_pct", default_partial=0.25)
 
 
@@ -74,6 +80,7 @@ def read(data: dict[str, Any], file: Path, ignore_keys: Iterable[str] = ()) -> D
             "qkv": "heads",
             "tie_word_embeddings": reader.flag("tie_word_embeddings", False),
             "stored": (("lm_head.weight", "embed_out.weight"),),
+            "accepted": MLX_LM,
             "buffers": r".*(rotary_emb\.inv_freq|attention\.(bias|masked_bias))",
             "dropout": read_dropout(reader, attention_dropout=0.0, hidden_dropout=0.0, classifier_dropout=0.1),
             **read_tokens(reader, sizes["vocab_size"], bos=0, eos=2, pad=None, padding=False),

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoModelForCausalLM
 
 import smedjan
 from smedjan.backends.mlx_metal import quantized as rules
@@ -20,23 +19,8 @@ from smedjan.hf.import_model import import_model
 from smedjan.ops.quantized import AFFINE_BITS, Affine
 from tests.conftest import assert_bits
 from tests.hf.damage import INDEX, WEIGHTS, put, put_json
-from tests.hf.mlx_peer import IDS, MODELS, make_imported, mlx_logits, mlx_quantized
+from tests.hf.mlx_peer import IDS, MODELS, dequantised, logits_of, make_imported, mlx_logits, mlx_quantized
 from tests.tolerances import assert_near
-
-
-def logits_of(directory: Path, backend: str, **options: Any) -> torch.Tensor:
-    model = smedjan.load(directory, backend=backend, attention="eager", **options)
-    return torch.from_numpy(model.logits(IDS.numpy()))
-
-
-def dequantised(directory: Path, out: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """transformers' logits of the weights that the codes stand for: in their dtype, and in float64."""
-    report = import_model(directory, out)
-    assert report.source_quantization
-    assert "quantization" not in json.loads((out / "config.json").read_text())
-    model = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager", dtype=report.dtype).eval()
-    with torch.no_grad():
-        return model(IDS).logits.float(), model.double()(IDS).logits
 
 
 @pytest.mark.parametrize("name", MODELS)

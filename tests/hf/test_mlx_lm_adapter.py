@@ -10,9 +10,6 @@ import mlx_lm
 import numpy as np
 import pytest
 import torch
-from mlx.utils import tree_flatten
-from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
-from mlx_lm.utils import load_model, save_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -25,6 +22,8 @@ from smedjan.hf.import_model import import_model
 from smedjan.train.config import FinetuneConfig
 from tests.conftest import VOCAB
 from tests.families import CASES, make_model
+from tests.hf.mlx_peer import adapted_logits
+from tests.hf.mlx_peer import mlx_adapter as make_adapter
 from tests.tolerances import assert_near
 
 IDS = torch.randint(4, VOCAB, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -47,35 +46,9 @@ def base(request, tmp_path):
 
 
 def mlx_adapter(base, folder, *, dora=False, where="last two blocks"):
-    """(directory, logits) of a random adapter that mlx-lm made and saved, as `mlx_lm.lora` does."""
     keys, count = WHERE[where]
-    model, _ = load_model(base)
     given = {"rank": RANK, "scale": SCALE, "dropout": 0.1, **({"keys": keys} if keys else {})}
-    linear_to_lora_layers(model, count, dict(given), use_dora=dora)
-    generator = np.random.default_rng(0)
-    made = {}
-    for name, array in tree_flatten(model.parameters()):
-        part = name.rpartition(".")[2]
-        drawn = generator.normal(size=array.shape).astype(np.float32)
-        if part in ("lora_a", "lora_b"):
-            made[name] = mx.array(0.1 * drawn)
-        elif part == "m":
-            made[name] = array * mx.array(1 + 0.2 * drawn)
-    folder.mkdir()
-    mx.save_safetensors(str(folder / "adapters.safetensors"), made)
-    kind = "dora" if dora else "lora"
-    save_config(
-        {"model": str(base), "fine_tune_type": kind, "num_layers": count, "lora_parameters": given, "seed": 0},
-        folder / "adapter_config.json",
-    )
-    return folder, mlx_logits(base, folder)
-
-
-def mlx_logits(base, adapter):
-    model, _ = load_model(base)
-    model = load_adapters(model, str(adapter))
-    model.eval()  # as mlx_lm.load leaves it
-    return torch.from_numpy(np.array(model(mx.array(IDS.numpy()))))
+    return make_adapter(base, folder, given, count, dora=dora)
 
 
 def peft_of(base, adapter):
@@ -168,7 +141,7 @@ def test_ours_there(base, tmp_path, case):
     peer = PeftModel.from_pretrained(plain_model(base), adapter).eval()
     plain = logits(peer)
     reference = logits(peer.double())
-    assert_near("mlx-lm", mlx_logits(base, tmp_path / "out"), reference, plain)
+    assert_near("mlx-lm", adapted_logits(base, tmp_path / "out"), reference, plain)
     assert_near("ours", ours(base, "mlx_metal", adapter=adapter), reference, plain)
     again = ours(base, adapter=tmp_path / "out")
     assert_near("ours, of what was written", again, reference, plain)

@@ -280,3 +280,69 @@ def test_what_mlx_lm_has_otherwise_is_still_so(family: str, case: str, tmp_path:
 
 def assert_bounded(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert float((found - expected).norm()) < 2**-16 * float(expected.norm())
+
+
+# mlx-lm, of what transformers 5 saved, which has `rope_parameters` alone
+
+THETA, SCALING, PARTIAL = "rope_theta", "rope_scaling", "partial_rotary_factor"
+DROPPED: dict[tuple[str, str], dict[str, Any]] = {
+    ("llama", "rope-linear"): {SCALING: None},
+    ("llama", "rope-dynamic"): {SCALING: None},
+    ("llama", "rope-llama3"): {SCALING: None},
+    ("llama", "rope-yarn"): {SCALING: None},
+    ("llama", "yarn, rounded ends"): {THETA: 10000.0, SCALING: None},
+    ("llama", "longrope, derived factor"): {SCALING: None},
+    ("qwen2", "plain"): {THETA: 1000000.0},
+    ("qwen2", "tied-yarn"): {SCALING: None},
+    ("phi3", "longrope"): {SCALING: None},
+    ("smollm3", "plain"): {THETA: 10000.0},
+    ("smollm3", "window"): {THETA: 10000.0},
+    ("smollm3", "biases-untied"): {THETA: 10000.0},
+    ("starcoder2", "exact GELU"): {THETA: 100000.0},
+    ("cohere2", "plain"): {THETA: 50000.0},
+    ("cohere", "plain"): {THETA: 8000000.0},
+}
+"""What mlx-lm 0.32.2 computes with in silence: the keys that it reads, and the values that it has where they are not
+there. SmolLM 3's base of 2,000,000 becomes 10,000, and its logits are a sixth off."""
+ASKED: dict[tuple[str, str], tuple[str, ...]] = {
+    ("granite", "multipliers"): (THETA,),
+    ("olmo3", "plain"): (THETA,),
+    ("olmo3", "scaled-global"): (THETA, SCALING),
+    ("stablelm", "plain"): (THETA, PARTIAL),
+    ("gpt_neox", "I is 4 H, GELU by tanh"): ("rotary_emb_base", "rotary_pct"),
+    ("glm4", "plain"): (THETA, PARTIAL),
+    ("helium", "plain"): (THETA,),
+    ("ernie4_5", "plain"): (THETA,),
+    ("exaone4", "no-window"): (THETA, SCALING),
+}
+"""The keys without which it refuses the model."""
+
+
+def one_each(cases: list[tuple[str, str]]) -> list[Any]:
+    """The first of each family; the others are slow."""
+    first = dict(reversed(cases))
+    return [pytest.param(*each, marks=() if first[each[0]] == each[1] else pytest.mark.slow) for each in cases]
+
+
+@pytest.mark.parametrize(("family", "case"), one_each([*DROPPED, *ASKED]))
+def test_what_mlx_lm_drops_of_what_transformers_saved(family: str, case: str, tmp_path: Path) -> None:
+    """We have the bits of transformers, mlx-lm another model or none. The keys named alone put it right."""
+    source = make_model(family, CHECKED[family, case], attention="eager")
+    source.save_pretrained(tmp_path / "source")
+    import_model(tmp_path / "source", tmp_path / "out")
+    expected, wide = logits(source), logits(source.double())
+    assert_bits(ours(tmp_path / "source"), expected, "ours")
+    raw, written = config_of(tmp_path / "source"), config_of(tmp_path / "out")
+    keys = DROPPED.get((family, case)) or ASKED[family, case]
+    assert not set(keys) & set(raw)
+    if (family, case) in DROPPED:
+        found = mlx_logits(tmp_path / "source")
+        with pytest.raises(AssertionError):
+            assert_bounded(found, expected)
+        put_json(tmp_path / "source" / "config.json", {**raw, **DROPPED[family, case]})
+        assert torch.equal(mlx_logits(tmp_path / "source"), found), "these are the values that it took"
+    else:
+        with pytest.raises(TypeError, match=keys[0]):
+            mlx_logits(tmp_path / "source")
+    put_json(tmp_path / "source" / "config.json", {**raw, **{key: written[key] for key in keys}})
+    assert_near(f"{family}, {case}", mlx_logits(tmp_path / "source"), wide, expected)

@@ -13,18 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from smedjan.backends.torch_reference import RULES as ATEN
 from smedjan.backends.torch_reference import TorchReference
 from smedjan.checkpoint import nf4
-from smedjan.graph.lowering import RuleTable
 from smedjan.optim.adamw import AdamW
 from smedjan.passes.lora import Lora
 from smedjan.runtime.select import backend
 from smedjan.runtime.session import Session
 from smedjan.train.step import Trainer
-from tests.backends.cpu_native.fused_cases import WIDE, Float64
+from tests.backends.cpu_native.fused_cases import Float64
 from tests.backends.cpu_native.tiny_llama import batch_of
 from tests.backends.cuda_triton.conftest import DEVICE
+from tests.backends.family_runs import Truth
 from tests.conftest import make_peer, make_session
 from tests.tolerances import UNIT_ROUNDOFF
 
@@ -37,21 +36,6 @@ LORA = Lora(
     targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 )
 RATES = {"full": 3e-3, "lora": 2e-2, "qlora": 2e-2}
-
-TABLE = RuleTable("float64 of quantized weights", parent=WIDE)
-
-
-@TABLE.rule("nf4_dequantize")
-def _widened(*parts: torch.Tensor, **attrs: Any) -> torch.Tensor:
-    (rule,) = ATEN._rules["nf4_dequantize"]
-    return rule.run(*parts, **attrs).double()
-
-
-class Truth(Float64):
-    rules = TABLE
-
-    def zeros(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.float64)
 
 
 def session_of(method: str, on: Any) -> Session:
