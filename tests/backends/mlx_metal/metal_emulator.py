@@ -10,11 +10,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import random
 import re
 import struct
 import subprocess
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class Emulator(Device):
 
 @dataclass
 class Recorder(Device):
-    """In place of `common.DEVICE` while a function is exported: nothing is computed, whatever size the arrays have."""
+    """In place of `common.DEVICE`, to see what is launched for arrays of any size: MLX is lazy, nothing is computed."""
 
     launched: list[tuple[Kernel, Launch]] = field(default_factory=list)
 
@@ -79,15 +80,7 @@ class Recorder(Device):
 
     def run(self, kernel: Kernel, launch: Launch) -> list[mx.array]:
         self.launched.append((kernel, launch))
-        return super().run(kernel, launch)
-
-
-def exported(function: Any, *arrays: mx.array) -> bytes:
-    """What MLX writes of a function whose kernels it cannot run."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "made.mlxfn"
-        mx.export_function(str(path), function, *arrays)
-        return path.read_bytes()
+        return [mx.zeros(shape, dtype) for shape, dtype in zip(launch.shapes, launch.dtypes, strict=True)]
 
 
 _sources: dict[Any, str] = {}
@@ -98,20 +91,11 @@ def source_of(kernel: Kernel, launch: Launch) -> str:
     kinds = tuple((x.dtype, x.ndim == 0, x.size < 8) for x in launch.inputs)
     key = (kernel, launch.template, kinds, launch.dtypes)
     if key not in _sources:
-        data = exported(
-            lambda *arrays: Device().run(
-                kernel,
-                Launch(
-                    inputs=arrays,
-                    template=launch.template,
-                    groups=launch.groups,
-                    threads=launch.threads,
-                    shapes=launch.shapes,
-                    dtypes=launch.dtypes,
-                ),
-            ),
-            *(mx.zeros(x.shape, dtype=x.dtype) for x in launch.inputs),
-        )
+        arrays = [mx.zeros(x.shape, dtype=x.dtype) for x in launch.inputs]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "made.mlxfn"
+            mx.export_function(str(path), lambda *given: Device().run(kernel, replace(launch, inputs=given)), *arrays)
+            data = path.read_bytes()
         at = data.index(b"[[kernel]] void custom_kernel_")
         start = data.rindex(kernel.header.encode(), 0, at) if kernel.header else data.rindex(b"\0", 0, at) + 1
         size = int.from_bytes(data[start - 8 : start], "little")
@@ -121,7 +105,7 @@ def source_of(kernel: Kernel, launch: Launch) -> str:
 
 def threadgroup_bytes(source: str) -> int:
     """Of the arrays that a kernel declares; their lengths are numbers or constants of the source."""
-    found = re.findall(r"\bconstexpr\s+(?:constant\s+)?int\s+(\w+)\s*=\s*(\d+)\s*;", source)
+    found = re.findall(r"\bconstexpr (?:const )?int (\w+) = (\d+);", source)
     constants = {name: int(value) for name, value in found}
     total = 0
     for kind, _, length in ARRAY.findall(source):
@@ -176,8 +160,7 @@ def translated(source: str) -> str:
             arguments.append(f"{value}(reinterpret_cast<{kind}*>(buffers[{index}].low), &buffers[{index}])")
     made = ", ".join(f'{{"{label}", sizeof({kind}), {str(out).lower()}}}' for label, kind, out in buffers)
     text = ARRAY.sub(r"THREADGROUP_ARRAY(\1, \2, \3);", source)
-    text = text.replace("constexpr constant", "static constexpr")
-    text = re.sub(r"\bconstant (\w+ \w+\[)", r"static constexpr \1", text)
+    text = text.replace("static constant constexpr const ", "static constexpr ")
     text = POINTER.sub(lambda m: f"emulator::Pointer<emulator::{m[2]}, {'const ' if m[1] or m[3] else ''}{m[4]}>", text)
     text = re.sub(r"\bconst constant (\w+)&", r"const \1&", text)
     text = re.sub(r"\bthread (?=\w+\*)", "", text)
@@ -249,12 +232,17 @@ def _run(source: str, launch: Launch, seed: int, order: int) -> list[mx.array]:
     arguments: dict[str, bytes] = {}
     labels = re.findall(r"[*&] (\w+) \[\[buffer\(\d+\)\]\]", source)
     given = iter(labels)
-    for x in launch.inputs:
+    for number, x in enumerate(launch.inputs):
         label = next(given)
-        arguments[label] = BACKEND.to_raw(x).data.tobytes()
+        # An array that a kernel reads by its strides may lie in memory in any order of its dims: in a drawn one.
+        axes = list(range(x.ndim))
+        if f"{label}_strides" in labels:
+            random.Random(seed + order + number).shuffle(axes)
+        arguments[label] = BACKEND.to_raw(x.transpose(*axes) if x.ndim else x).data.tobytes()
+        lies = {axis: prod(x.shape[other] for other in axes[place + 1 :]) for place, axis in enumerate(axes)}
         facts = {
             "shape": struct.pack(f"{x.ndim}i", *x.shape),
-            "strides": struct.pack(f"{x.ndim}q", *(prod(x.shape[i + 1 :]) for i in range(x.ndim))),
+            "strides": struct.pack(f"{x.ndim}q", *(lies[axis] for axis in range(x.ndim))),
             "ndim": struct.pack("i", x.ndim),
         }
         for suffix, value in facts.items():

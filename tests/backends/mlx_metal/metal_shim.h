@@ -9,8 +9,8 @@
 //     lets some threads of a group pass a barrier, or of a simdgroup an operation, that others do not reach;
 //     leaves an element of an output unwritten.
 // half and bfloat have no arithmetic here and no implicit conversion: kernels widen to float, and round once.
-// exp, log, tanh, rsqrt are off by as much as Metal's may be (Metal Shading Language Specification, "ULP values of
-// relative error" with fast math off: 4, 4, 5 and 2 at most), by a hash of the argument and the launch.
+// exp, log and tanh are off by as much as Metal's may be, by a hash of the argument and the launch; rsqrt is correctly
+// rounded (Metal Shading Language Specification, "ULP values of relative error", fast math off: at most 4, 4 and 5).
 //
 // Little is included and little is inline: the compiler reads this for every kernel. What it calls is in metal_shim.cpp.
 #pragma once

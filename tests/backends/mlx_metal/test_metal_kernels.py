@@ -7,19 +7,24 @@ this backend, gradients included, with the kernels as its rules.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 import torch
-from metal_emulator import Emulator, MetalError, Recorder, check_limits, exported, source_of
+from metal_emulator import Emulator, MetalError, Recorder, check_limits, source_of
 from mlx_cases import CASES
 from mlx_pair import MLX, Case, check, from_torch, to_torch
 
-from smedjan.backends.mlx_metal import loss
+from smedjan.backends.mlx_metal import loss, norm, rope
 from smedjan.backends.mlx_metal.kernels import common
 from smedjan.backends.mlx_metal.kernels import loss as loss_kernels
+from smedjan.backends.mlx_metal.kernels import norm as norm_kernels
+from smedjan.backends.mlx_metal.kernels import rope as rope_kernels
 from smedjan.backends.mlx_metal.kernels.common import Kernel
 from smedjan.graph.lowering import Rule
+from smedjan.graph.node import Graph
+from smedjan.ops.norm import add_rms_norm
 from tests.tolerances import UNIT_ROUNDOFF, error
 
 INEXACT = 2.0**-20
@@ -178,7 +183,7 @@ def without_barrier(kernel: Kernel, at: int) -> Kernel:
     parts = (kernel.header + "//body\n" + kernel.source).split(BARRIER)
     text = BARRIER.join(parts[: at + 1]) + BARRIER.join(["", *parts[at + 1 :]])[len(BARRIER) :]
     header, source = text.split("//body\n")
-    return Kernel(name=kernel.name, inputs=kernel.inputs, outputs=kernel.outputs, source=source, header=header)
+    return replace(kernel, source=source, header=header)
 
 
 def test_cross_entropy_needs_its_barrier(metal, monkeypatch):
@@ -186,6 +191,174 @@ def test_cross_entropy_needs_its_barrier(metal, monkeypatch):
     logits, labels = mx.zeros((3, 400)), mx.zeros(3, dtype=mx.int32)
     with pytest.raises(MetalError, match=r"race|before it is written"):
         loss_kernels.cross_entropy(logits, labels, mx.array(1.0), gradient=False, **SHAPINGS["plain"])
+
+
+NORMS = {
+    "rms before": {"layer": False, "offset": 0.0, "cast_before": True},
+    "rms after": {"layer": False, "offset": 1.0, "cast_before": False},
+    "layer": {"layer": True, "offset": 0.0, "cast_before": False},
+}
+
+
+def norm_of(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, layer: bool, offset: float
+) -> torch.Tensor:
+    centred = x - x.mean(-1, keepdim=True) if layer else x
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + 1e-5) * (offset + weight)
+    return y if bias is None else y + bias
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (3, 7), (5, 129), (2, 5003)])
+def test_add_norm(rows, width, dtype, kind, metal):
+    """Rows of less than a simdgroup, of one run a thread and of several, of no multiple of anything."""
+    attrs = NORMS[kind]
+    layer, offset, before = attrs["layer"], attrs["offset"], attrs["cast_before"]
+    x, delta = (normal(rows, width, dtype=dtype, seed=seed) for seed in (1, 2))
+    weight, bias = (1 + normal(width, dtype=dtype, seed=seed, scale=0.2) for seed in (3, 4))
+    arrays = [from_torch(MLX, each) for each in (x, delta, weight)]
+    given_bias = from_torch(MLX, bias) if layer else None
+    made = norm_kernels.norm(*arrays, given_bias, layer=layer, eps=1e-5, offset=offset, factor=0.3, cast_before=before)
+    if layer:
+        twins = norm.add_layer_norm(*arrays, given_bias, eps=1e-5, composed=False, factor=0.3)
+    else:
+        cast = "before" if before else "after"
+        twins = norm.add_rms_norm(*arrays, eps=1e-5, weight_cast=cast, offset=offset, factor=0.3)
+    held("sum", made[0], twins[0], x.double() + 0.3 * delta.double())
+    # The norm is of the sum as it is rounded.
+    total = to_torch(MLX, made[0]).double()
+    expected = norm_of(total, weight.double(), bias.double() if layer else None, layer=layer, offset=offset)
+    held("y", made[1], twins[1], expected, max(1.0, float(expected.abs().max())))
+    centred = total - total.mean(-1, keepdim=True) if layer else total
+    held("rstd", made[-1], twins[-1], torch.rsqrt(centred.square().mean(-1) + 1e-5))
+    if layer:
+        held("mean", made[2], twins[2], total.mean(-1), float(total.abs().max()))
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 7), (300, 33), (3, 5003)])
+def test_norm_bwd(rows, width, dtype, kind, metal):
+    """More rows than programs, and fewer; a cotangent that waits."""
+    attrs = NORMS[kind]
+    layer, offset, before = attrs["layer"], attrs["offset"], attrs["cast_before"]
+    x, dy, acc = (normal(rows, width, dtype=dtype, seed=seed) for seed in (1, 2, 5))
+    weight = 1 + normal(width, dtype=dtype, seed=3, scale=0.2)
+    exact = [each.double().requires_grad_() for each in (x, weight, torch.zeros(width))]
+    y = norm_of(exact[0], exact[1], exact[2], layer=layer, offset=offset)
+    gradients = list(torch.autograd.grad((y * dy.double()).sum(), exact))
+    gradients[0] = gradients[0] + acc.double()
+    centred = x.double() - x.double().mean(-1, keepdim=True) if layer else x.double()
+    mean = from_torch(MLX, x.double().mean(-1).float()) if layer else None
+    rstd = from_torch(MLX, torch.rsqrt(centred.square().mean(-1) + 1e-5).float())
+    given_x, given_w, given_dy, given_acc = (from_torch(MLX, each) for each in (x, weight, dy, acc))
+    needs = (True, True, True)[: 2 + layer]
+    made = norm_kernels.norm_bwd(
+        given_x, given_w, mean, rstd, given_dy, given_acc, needs=needs, offset=offset, cast_before=before
+    )
+    if layer:
+        twins = norm.layer_norm_bwd(
+            given_x, given_w, given_w, mean, rstd, given_dy, given_acc, needs=needs, eps=1e-5, composed=False
+        )
+    else:
+        cast = "before" if before else "after"
+        twins = norm.rms_norm_bwd(
+            given_x, given_w, rstd, given_dy, given_acc, needs=needs, eps=1e-5, weight_cast=cast, offset=offset
+        )
+    for name, value, twin, expected in zip(("dx", "dw", "db"), made, twins, gradients, strict=False):
+        held(name, value, twin, expected)
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_norm_bwd_needs_its_barriers(at, metal, monkeypatch):
+    """That of a row's sum; and the two sets of partial sums, which a single one would not replace."""
+    whole = norm_kernels._backward(layer=False, waits=False, dx=True, dw=True, db=False)
+    if at == 0:
+        broken = without_barrier(whole, 0)
+    else:
+        source = whole.source.replace("parts + turn *", "parts + 0 *")
+        assert source != whole.source
+        broken = replace(whole, source=source)
+    monkeypatch.setattr(norm_kernels, "_backward", lambda **_: broken)
+    x = mx.random.normal((600, 300))
+    with pytest.raises(MetalError, match=r"race|before it is written"):
+        norm_kernels.norm_bwd(x, mx.ones(300), None, mx.ones(600), x, None, needs=(True, True))
+
+
+def test_a_row_that_no_threadgroup_holds_is_left_to_the_twin(metal):
+    width = norm_kernels.MAX_WIDTH
+    for more, label in ((0, "metal add_rms_norm"), (1, "mlx add, rms_norm")):
+        graph = Graph()
+        x, delta = (graph.input(name, (2, width + more), "float32") for name in ("x", "delta"))
+        weight = graph.input("w", (width + more,), "float32")
+        graph.output("y", add_rms_norm(x, delta, weight, eps=1e-5)[1])
+        assert [call.label for call in MLX.program(graph).calls] == [label]
+
+
+def rotated(v: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """The first 2 n dims of v [B, H, T, D] turned by angles [1, 1, T, n]."""
+    turns, cos, sin = 2 * angles.shape[-1], angles.cos(), angles.sin()
+    one, two = (v[..., :turns:2], v[..., 1:turns:2]) if interleaved else v[..., :turns].chunk(2, dim=-1)
+    pairs = one * cos - two * sin, two * cos + one * sin
+    turned = torch.stack(pairs, dim=-1).flatten(-2) if interleaved else torch.cat(pairs, dim=-1)
+    return torch.cat([turned, v[..., turns:]], dim=-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dim", "turns", "interleaved", "normed"),
+    [(128, 128, False, True), (10, 6, False, True), (80, 80, True, True), (96, 32, False, False)],
+)
+def test_qk_norm_rope(dim, turns, interleaved, normed, dtype, metal):
+    """Forward and backward; more heads than simdgroups of the backward's programs; heads in memory in drawn orders."""
+    q, k, dq, dk = (normal(2, heads, 9, dim, dtype=dtype, seed=heads + extra) for extra in (0, 9) for heads in (3, 1))
+    weights = [1 + normal(dim, dtype=dtype, seed=seed, scale=0.2) for seed in (3, 4)] if normed else [None, None]
+    freqs = torch.arange(9)[None, None, :, None] * torch.logspace(0, -2, turns // 2).double()
+    angles = freqs.repeat_interleave(2, -1) if interleaved else torch.cat([freqs, freqs], -1)
+    # The tables are the kernel's input: exact, so that the reference may use the angles.
+    tables = [from_torch(MLX, each.float()) for each in (angles.cos(), angles.sin())]
+    exact = [each.double().requires_grad_() for each in (q, k, *weights) if each is not None]
+
+    def expected_of(x, weight):
+        if weight is not None:
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * (1.0 + weight)
+        return rotated(x, freqs, interleaved)
+
+    outs = [expected_of(exact[i], exact[2 + i] if normed else None) for i in (0, 1)]
+    seeds = [each.double() for each in (dq, dk)]
+    gradients = torch.autograd.grad(sum((y * dy).sum() for y, dy in zip(outs, seeds, strict=True)), exact)
+    arrays = [from_torch(MLX, each) for each in (q, k)]
+    held_weights = [None if each is None else from_torch(MLX, each) for each in weights]
+    cotangents = [from_torch(MLX, each) for each in (dq, dk)]
+    attrs = {"eps": 1e-5, "weight_cast": "after", "offset": 1.0, "interleaved": interleaved, "upcast": "terms"}
+    made, twins = (of(*arrays, *held_weights, *tables, **attrs) for of in (rope.metal_qk_norm_rope, rope.qk_norm_rope))
+    for name, value, twin, expected in zip(("q", "k"), made, twins, outs, strict=True):
+        held(name, value, twin, expected.detach())
+    needs = (True, True, normed, normed)
+    raw = arrays if normed else [None, None]
+    made, twins = (
+        of(*cotangents, *raw, *held_weights, *tables, needs=needs, **attrs)
+        for of in (rope.metal_qk_norm_rope_bwd, rope.qk_norm_rope_bwd)
+    )
+    for name, value, twin, expected in zip(
+        ("dq", "dk", "dq_weight", "dk_weight"), made, twins, gradients, strict=False
+    ):
+        held(name, value, twin, expected)
+
+
+def test_norm_rope_bwd_by_few_programs(metal, monkeypatch):
+    """Each simdgroup walks over many heads: its sums of the weight's gradient are the same but for their order."""
+    x, dy = mx.random.normal((1, 4, 40, 16)), mx.random.normal((1, 4, 40, 16))
+    tables = mx.ones((1, 1, 40, 16)), mx.zeros((1, 1, 40, 16))
+    attrs = {"needs": (True, True), "interleaved": False, "eps": 1e-5, "offset": 0.0}
+    whole = rope_kernels.norm_rope_bwd(x, dy, mx.ones(16), *tables, **attrs)
+    monkeypatch.setattr(rope_kernels, "PROGRAMS", 8)
+    few = rope_kernels.norm_rope_bwd(x, dy, mx.ones(16), *tables, **attrs)
+    assert [launch.groups[0] for _, launch in metal.launched] == [20, 1]
+    assert mx.array_equal(whole[0], few[0])
+    # Two orders of a sum of 160 terms of which none is above 16: |g| < 4 and |n| <= 4.
+    assert mx.abs(whole[1] - few[1]).max().item() <= 2 * 160 * 2.0**-24 * 16 * 160**0.5
 
 
 HEADS = {
@@ -203,19 +376,16 @@ HEADS = {
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("model", HEADS)
 def test_heads_of_real_models_keep_the_limits(model, dtype, monkeypatch):
-    """As the rule launches them, at their sizes: exported, so that nothing of the size is made."""
+    """As the rule launches them, at their sizes."""
     recorder = Recorder()
     monkeypatch.setattr(common, "DEVICE", recorder)
     width, vocab, cap = HEADS[model]
+    x, weight, labels = mx.zeros((2, 1024, width), dtype), mx.zeros((vocab, width), dtype), mx.zeros((2048,), mx.int64)
     for grads in ("xw", ""):
-
-        def head(x, weight, labels, items, grads=grads):
-            return loss.metal_linear_cross_entropy(
-                x, weight, labels, items, grads=grads, scaling=1.0, divisor=1.0, cap=cap, z_loss=0.0, smoothing=0.0
-            )
-
-        arrays = (mx.zeros((2, 1024, width), dtype), mx.zeros((vocab, width), dtype), mx.zeros((2048,), mx.int64))
-        exported(head, *arrays, mx.array(1.0))
+        loss.metal_linear_cross_entropy(
+            *(x, weight, labels, mx.array(1.0)),
+            **{"grads": grads, "scaling": 1.0, "divisor": 1.0, "cap": cap, "z_loss": 0.0, "smoothing": 0.0},
+        )
     assert {kernel.name for kernel, _ in recorder.launched} == {
         loss_kernels.LOSS.name,
         loss_kernels.LOSS_AND_GRADIENT.name,
@@ -223,3 +393,70 @@ def test_heads_of_real_models_keep_the_limits(model, dtype, monkeypatch):
     for kernel, launch in recorder.launched:
         check_limits(source_of(kernel, launch), launch)
         assert launch.threads == 512
+
+
+WIDTHS = {
+    "SmolLM2-135M": 576,
+    "Qwen2.5-0.5B": 896,
+    "Gemma-3-1b": 1152,
+    "Llama-3.2-1B": 2048,
+    "Gemma-2-2b": 2304,
+    "Qwen3-4B": 2560,
+    "Llama-3.2-3B": 3072,
+    "Qwen2.5-7B": 3584,
+    "Llama-3.1-8B": 4096,
+    "Qwen2.5-14B": 5120,
+    "Llama-3.1-70B": 8192,
+}
+"""hidden_size of models that people train on a Mac, or would."""
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("model", WIDTHS)
+def test_norms_of_real_models_keep_the_limits(model, dtype, monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(common, "DEVICE", recorder)
+    width = WIDTHS[model]
+
+    x, weight, rstd = mx.zeros((2, 2048, width), dtype), mx.zeros((width,), dtype), mx.zeros((2, 2048))
+    for layer in (False, True):
+        norm_kernels.norm(x, x, weight, weight if layer else None, layer=layer, eps=1e-5)
+        for needs in ((True, True, layer), (True, False, False), (False, True, False)):
+            norm_kernels.norm_bwd(x, weight, rstd if layer else None, rstd, x, x, needs=needs)
+    assert len(recorder.launched) == 8
+    for kernel, launch in recorder.launched:
+        check_limits(source_of(kernel, launch), launch)
+        # n, g, dw and db of a row in registers, and 32 words beside them: so many threads share a core's 208 KB.
+        held_values = dict(launch.template)["RUNS"] * common.RUN
+        assert launch.threads * 4 * (4 * held_values + 32) <= 208 << 10
+
+
+HEAD_DIMS = {
+    "SmolLM2-135M": (9, 3, 64, 64, False),
+    "Qwen2.5-7B": (28, 4, 128, 128, False),
+    "Qwen3-4B": (32, 8, 128, 128, True),
+    "Gemma-2-2b": (8, 4, 256, 256, False),
+    "Gemma-3-4b": (8, 4, 256, 256, True),
+    "Phi-3-mini": (32, 32, 96, 96, False),
+    "Phi-4-mini": (24, 8, 128, 96, False),
+}
+"""Heads of queries and of keys, head_dim, how much of it turns, and whether heads have norms."""
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("model", HEAD_DIMS)
+def test_heads_of_attention_of_real_models_keep_the_limits(model, dtype, monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(common, "DEVICE", recorder)
+    q_heads, k_heads, dim, turns, normed = HEAD_DIMS[model]
+    attrs = {"eps": 1e-6, "weight_cast": "before", "offset": 0.0, "interleaved": False, "upcast": ""}
+
+    q, k = (mx.zeros((4, 2048, heads, dim), dtype).swapaxes(1, 2) for heads in (q_heads, k_heads))
+    tables = [mx.zeros((1, 1, 2048, turns), dtype)] * 2
+    weights = [mx.zeros((dim,), dtype) if normed else None] * 2
+    raw, needs = ((q, k) if normed else (None, None)), (True, True, normed, normed)
+    rope.metal_qk_norm_rope(q, k, *weights, *tables, **attrs)
+    rope.metal_qk_norm_rope_bwd(q, k, *raw, *weights, *tables, needs=needs, **attrs)
+    assert len(recorder.launched) == (3 if normed else 2)
+    for kernel, launch in recorder.launched:
+        check_limits(source_of(kernel, launch), launch)

@@ -54,13 +54,15 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """`source` is a function's body over arrays of these names; `header` is put before it."""
+    """`source` is a function's body over arrays of these names; `header` is put before it. An input that is no
+    `contiguous` array of rows is copied to be one, or is read by its strides."""
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     source: str
     header: str = ""
+    contiguous: bool = True
 
     @cached_property
     def built(self) -> Any:
@@ -71,7 +73,7 @@ class Kernel:
             output_names=list(self.outputs),
             source=self.source,
             header=self.header,
-            ensure_row_contiguous=True,
+            ensure_row_contiguous=self.contiguous,
         )
 
     def __call__(
@@ -136,8 +138,8 @@ def scalars(*values: float) -> mx.array:
 
 
 REDUCE = """
-constexpr constant int SIMD = 32;
-constexpr constant int RUN = 4;
+static constant constexpr const int SIMD = 32;
+static constant constexpr const int RUN = 4;
 
 // The sum of `value` over a threadgroup, in every thread. `parts` [SIMD] is free again behind the next barrier.
 inline float group_sum(float value, threadgroup float* parts, uint lane, uint simdgroup, uint simdgroups) {

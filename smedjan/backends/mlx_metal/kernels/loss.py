@@ -26,10 +26,10 @@ THREADS = 512
 _HEADER = (
     REDUCE
     + """
-constexpr constant int IGNORE = -100;
+static constant constexpr const int IGNORE = -100;
 
 // Below every logit, and finite: a thread without logits gives exp(-inf) = 0 and not exp(-inf + inf).
-constexpr constant float LOWEST = -1.0e30f;
+static constant constexpr const float LOWEST = -1.0e30f;
 
 template <bool CAPPED>
 inline float score_of(float value, float tilt) {
