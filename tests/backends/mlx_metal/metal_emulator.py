@@ -164,7 +164,7 @@ def translated(source: str) -> str:
     text = POINTER.sub(lambda m: f"emulator::Pointer<emulator::{m[2]}, {'const ' if m[1] or m[3] else ''}{m[4]}>", text)
     text = re.sub(r"\bconst constant (\w+)&", r"const \1&", text)
     text = re.sub(r"\bthread (?=\w+\*)", "", text)
-    text = re.sub(r" ?\[\[[^\]]*\]\]", "", text)
+    text = re.sub(r" ?\[\[\w+(?:\([^)]*\))?\]\]", "", text)
     return f"""#include "{SHIM}"
 {text}
 static void run_thread(uint thread) {{
