@@ -214,13 +214,10 @@ const uint64_t* exchange(uint64_t given, int line) {
   return &snapshot[current / SIMD_WIDTH * SIMD_WIDTH];
 }
 
-uint lane() { return current % SIMD_WIDTH; }
-
 float exp(float x) { return inexact(std::exp(x), x, 4); }
 float log(float x) { return inexact(std::log(x), x, 4); }
 float tanh(float x) { return inexact(std::tanh(x), x, 5); }
 float rsqrt(float x) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))); }
-float fma(float a, float b, float c) { return std::fma(a, b, c); }
 
 int launch(void (*of)(uint), const Argument* arguments, size_t count, void** data, const int64_t* bytes,
            const uint* given, uint in_group, uint drawn, uint shuffle, char* where) {

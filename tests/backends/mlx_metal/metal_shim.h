@@ -84,13 +84,10 @@ void barrier(int flags, int line);
 // Waits for the simdgroup; what each of its threads gave.
 const uint64_t* exchange(uint64_t given, int line);
 
-uint lane();
-
 float exp(float x);
 float log(float x);
 float tanh(float x);
 float rsqrt(float x);
-float fma(float a, float b, float c);
 
 template <class T>
 struct Reference {
@@ -144,7 +141,13 @@ struct Shared {
 };
 
 template <class T>
+T value_of(T value) { return value; }
+template <class T>
+T value_of(Reference<T> value) { return value; }
+
+template <class T>
 struct Lanes {
+  static_assert(std::is_arithmetic_v<T>);
   T all[SIMD_WIDTH];
   Lanes(T value, int line) {
     uint64_t given = 0;
@@ -167,19 +170,15 @@ using emulator::rsqrt;
 using emulator::tanh;
 }  // namespace precise
 
-using emulator::fma;
-
-// fmax and fmin: a NaN is left out.
+// fmax: a NaN is left out.
 template <class T>
 T max(T a, T b) { return a != a ? b : b != b || a > b ? a : b; }
-template <class T>
-T min(T a, T b) { return a != a ? b : b != b || a < b ? a : b; }
-inline float abs(float x) { return __builtin_fabsf(x); }
 
 // As a tree: lane i and lane i + 16, then i + 8, ...
 template <class T>
-T simd_sum(T value, int line = __builtin_LINE()) {
-  emulator::Lanes<T> lanes(value, line);
+auto simd_sum(T given, int line = __builtin_LINE()) {
+  const auto value = emulator::value_of(given);
+  emulator::Lanes<std::remove_const_t<decltype(value)>> lanes(value, line);
   for (uint half = emulator::SIMD_WIDTH / 2; half; half /= 2) {
     for (uint i = 0; i < half; i++) {
       lanes.all[i] += lanes.all[i + half];
@@ -188,29 +187,18 @@ T simd_sum(T value, int line = __builtin_LINE()) {
   return lanes.all[0];
 }
 template <class T>
-T simd_max(T value, int line = __builtin_LINE()) {
-  emulator::Lanes<T> lanes(value, line);
+auto simd_max(T given, int line = __builtin_LINE()) {
+  const auto value = emulator::value_of(given);
+  emulator::Lanes<std::remove_const_t<decltype(value)>> lanes(value, line);
   for (uint i = 1; i < emulator::SIMD_WIDTH; i++) {
     lanes.all[0] = metal::max(lanes.all[0], lanes.all[i]);
   }
   return lanes.all[0];
 }
-template <class T>
-T simd_shuffle_xor(T value, ushort mask, int line = __builtin_LINE()) {
-  return emulator::Lanes<T>(value, line).all[(emulator::lane() ^ mask) % emulator::SIMD_WIDTH];
-}
 
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
 inline void threadgroup_barrier(mem_flags flags, int line = __builtin_LINE()) {
   emulator::barrier(static_cast<int>(flags), line);
-}
-
-template <class To, class From>
-To as_type(From from) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  __builtin_memcpy(&to, &from, sizeof(To));
-  return to;
 }
 
 }  // namespace metal

@@ -308,7 +308,7 @@ def test_a_row_that_no_threadgroup_holds_is_left_to_the_twin(metal):
 
 
 def rotated(v: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """The first 2 n dims of v [B, H, T, D] turned by angles [1, 1, T, n]."""
+    """The first 2 n dims of v [B, H, T, D] turned by angles [B or 1, 1, T, n]."""
     turns, cos, sin = 2 * angles.shape[-1], angles.cos(), angles.sin()
     one, two = (v[..., :turns:2], v[..., 1:turns:2]) if interleaved else v[..., :turns].chunk(2, dim=-1)
     pairs = one * cos - two * sin, two * cos + one * sin
@@ -318,14 +318,15 @@ def rotated(v: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torch.T
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("dim", "turns", "interleaved", "normed"),
-    [(128, 128, False, True), (10, 6, False, True), (80, 80, True, True), (96, 32, False, False)],
+    ("dim", "turns", "interleaved", "normed", "tables_of"),
+    [(128, 128, False, True, 1), (10, 6, False, True, 2), (80, 80, True, True, 2), (96, 32, False, False, 1)],
 )
-def test_qk_norm_rope(dim, turns, interleaved, normed, dtype, metal):
-    """Forward and backward; more heads than simdgroups of the backward's programs; heads in memory in drawn orders."""
+def test_qk_norm_rope(dim, turns, interleaved, normed, tables_of, dtype, metal):
+    """Forward and backward; tables of all sequences, or of each; heads lie in memory in drawn orders."""
     q, k, dq, dk = (normal(2, heads, 9, dim, dtype=dtype, seed=heads + extra) for extra in (0, 9) for heads in (3, 1))
     weights = [1 + normal(dim, dtype=dtype, seed=seed, scale=0.2) for seed in (3, 4)] if normed else [None, None]
-    freqs = torch.arange(9)[None, None, :, None] * torch.logspace(0, -2, turns // 2).double()
+    positions = torch.arange(9) + 5 * torch.arange(tables_of)[:, None]
+    freqs = positions[:, None, :, None] * torch.logspace(0, -2, turns // 2).double()
     angles = freqs.repeat_interleave(2, -1) if interleaved else torch.cat([freqs, freqs], -1)
     # The tables are the kernel's input: exact, so that the reference may use the angles.
     tables = [from_torch(MLX, each.float()) for each in (angles.cos(), angles.sin())]
