@@ -191,7 +191,7 @@ ATTRIBUTES = {
     "simdgroups_per_threadgroup": "threads_in_group / SIMD_WIDTH",
 }
 
-FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-w")
+FLAGS = ("-std=c++17", "-ffp-contract=off", "-fPIC", "-w")
 _libraries: dict[str, Any] = {}
 
 
@@ -218,7 +218,7 @@ def compiled(source: str) -> Any:
     text, shims = translated(source), [path.read_text() for path in (SHIM, RUNTIME)]
     name = _named(text, *shims)
     if name not in _libraries:
-        runtime = _built(f"{_named(*shims)}.o", "-c", str(RUNTIME))
+        runtime = _built(f"{_named(*shims)}.o", "-O2", "-c", str(RUNTIME))
         with tempfile.NamedTemporaryFile("w", suffix=".cpp") as code:
             code.write(text)
             code.flush()
