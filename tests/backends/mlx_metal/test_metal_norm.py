@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 import torch
 from metal_checks import BFLOAT16, DTYPES, FLOAT32, held, normal, without_barrier
-from metal_emulator import MetalError, Recorder, check_limits, source_of
+from metal_emulator import Emulator, MetalError, Recorder, check_limits, source_of
 from mlx_pair import MLX, from_torch, to_torch
 
 from smedjan.backends.mlx_metal import norm
@@ -96,6 +96,17 @@ def test_norm_bwd(rows, width, dtype, kind, metal):
         )
     for name, value, twin, expected in zip(("dx", "dw", "db"), made, twins, gradients, strict=False):
         held(name, value, twin, expected)
+
+
+def test_two_runs_are_equal_to_the_bit(monkeypatch):
+    """Sums over rows, in two stages: whatever order the threads come in."""
+    x, dy = mx.random.normal((300, 40)), mx.random.normal((300, 40))
+    made = []
+    for order in (0, 1):
+        monkeypatch.setattr(common, "DEVICE", Emulator(order=order))
+        made.append(norm_kernels.norm_bwd(x, mx.ones(40), None, mx.ones(300), dy, None, needs=(True, True)))
+    for one, other in zip(*made, strict=True):
+        assert mx.array_equal(one, other)
 
 
 @pytest.mark.parametrize("at", [0, 1])

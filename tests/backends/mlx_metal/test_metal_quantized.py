@@ -26,10 +26,12 @@ def nf4_of(weight: torch.Tensor) -> tuple[list[mx.array], dict]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 13), (5, 64), (131, 128), (3, 5462)])
 def test_nf4_dequantize_gives_the_formats_bits(shape, dtype, metal):
-    """Half a byte, a short last block, more than one nested block and more than one threadgroup."""
+    """Half a byte, a short last block, more than one nested block and more than one threadgroup. Here no product is
+    contracted with a sum; Metal's compiler is told not to."""
     parts, raw = nf4_of(normal(*shape, seed=shape[1]))
     made = quantized.metal_nf4_dequantize(*parts, shape=shape, dtype=dtype)
     assert MLX.to_raw(made).data.tobytes() == nf4.dequantize(raw, shape, dtype).data.tobytes()
+    assert "#pragma clang fp contract(off)" in source_of(*metal.launched[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
