@@ -137,6 +137,20 @@ def scalars(*values: float) -> mx.array:
     return mx.array(values, dtype=mx.float32)
 
 
+def run_of(width: str, body: str) -> str:
+    """Metal: `body` for i of the RUN columns from `start` on that are below `width`. A whole run has no branch between
+    its reads, which are then in flight together; both loops are of RUN turns, so that arrays stay in registers."""
+    return f"""
+      if (start + RUN <= {width}) {{
+        for (int i = 0; i < RUN; i++) {{{body}}}
+      }} else {{
+        for (int i = 0; i < RUN; i++) {{
+          if (start + i < {width}) {{{body}}}
+        }}
+      }}
+"""
+
+
 REDUCE = """
 static constant constexpr const int SIMD = 32;
 static constant constexpr const int RUN = 4;

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from smedjan.backends.mlx_metal.kernels.common import REDUCE, Kernel, scalars, threads_for
+from smedjan.backends.mlx_metal.kernels.common import REDUCE, Kernel, run_of, scalars, threads_for
 
 THREADS = 512
 
@@ -38,7 +38,13 @@ inline float score_of(float value, float tilt) {
 """
 )
 
-_LOSS = """
+_SCORES = """
+          scores[i] = score_of<CAPPED>(static_cast<float>(values[start + i]), tilt);
+          plain += scores[i];
+          higher = metal::max(higher, scores[i]);
+        """
+
+_LOSS = f"""
   threadgroup float peaks[SIMD];
   threadgroup float totals[SIMD];
   threadgroup float plains[SIMD];
@@ -55,28 +61,27 @@ _LOSS = """
   const bool trained = label != IGNORE;
 
   float peak = LOWEST, total = 0.0f, plain = 0.0f;
-  for (int start = thread_id * RUN; trained && start < vocab; start += step) {
+  for (int start = thread_id * RUN; trained && start < vocab; start += step) {{
     float scores[RUN];
     float higher = peak;
-    for (int i = 0; i < RUN; i++) {
-      scores[i] = start + i < vocab ? score_of<CAPPED>(static_cast<float>(values[start + i]), tilt) : -INFINITY;
-      higher = metal::max(higher, scores[i]);
-    }
+    for (int i = 0; i < RUN; i++) {{
+      scores[i] = -INFINITY;
+    }}
+    {run_of("vocab", _SCORES)}
     total *= metal::precise::exp((peak - higher) * unit);
-    for (int i = 0; i < RUN; i++) {
+    for (int i = 0; i < RUN; i++) {{
       total += metal::precise::exp((scores[i] - higher) * unit);
-      plain += start + i < vocab ? scores[i] : 0.0f;
-    }
+    }}
     peak = higher;
-  }
+  }}
   const float simd_peak = metal::simd_max(peak);
   const float simd_total = metal::simd_sum(total * metal::precise::exp((peak - simd_peak) * unit));
   const float simd_plain = metal::simd_sum(plain);
-  if (lane == 0) {
+  if (lane == 0) {{
     peaks[simdgroup] = simd_peak;
     totals[simdgroup] = simd_total;
     plains[simdgroup] = simd_plain;
-  }
+  }}
   metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup);
   // Each simdgroup joins all of them: no second barrier, and every thread knows the result.
   const bool joins = lane < simdgroups;
@@ -86,44 +91,45 @@ _LOSS = """
   const float all = metal::simd_sum(joins ? plains[lane] : 0.0f);
   const float log_sum = metal::precise::log(sum);
   const float lse = highest * unit + log_sum;
-  if (thread_id == 0) {
+  if (thread_id == 0) {{
     float loss = 0.0f;
-    if (trained) {
+    if (trained) {{
       const bool inside = label >= 0 && label < vocab;
       const float target = inside ? score_of<CAPPED>(static_cast<float>(values[label]), tilt) : NAN;
       float below = highest - target;
-      if (smoothing != 0.0f) {
+      if (smoothing != 0.0f) {{
         below = (1.0f - smoothing) * below + smoothing * (highest - all / vocab);
-      }
+      }}
       // Apart from lse, whose own rounding a large peak would bring in.
       loss = below * unit + log_sum + z_loss * lse * lse;
-    }
+    }}
     losses[row] = loss;
-  }
+  }}
 """
 
-_GRADIENT = """
+_TRAINED = """
+          const int column = start + i;
+          const float score = score_of<CAPPED>(static_cast<float>(values[column]), tilt);
+          float gradient = metal::precise::exp((score - highest) * unit) * share - each;
+          gradient = column == label ? gradient - aim : gradient;
+          gradient = CAPPED ? gradient * (1.0f - score * score) : gradient;
+          gradients[column] = static_cast<T>(gradient);
+        """
+
+_GRADIENT = f"""
   auto gradients = dlogits + size_t(row) * vocab;
   const float scale = gain / num_items;
   const float share = (1.0f + 2.0f * z_loss * lse) / sum * scale;
   const float aim = (1.0f - smoothing) * scale;
   const float each = smoothing / vocab * scale;
   const int last = (vocab - 1) / step * step + thread_id * RUN;
-  for (int start = last; start >= 0; start -= step) {
-    for (int i = 0; i < RUN; i++) {
-      const int column = start + i;
-      if (column < vocab) {
-        float gradient = 0.0f;
-        if (trained) {
-          const float score = score_of<CAPPED>(static_cast<float>(values[column]), tilt);
-          gradient = metal::precise::exp((score - highest) * unit) * share - each;
-          gradient = column == label ? gradient - aim : gradient;
-          gradient = CAPPED ? gradient * (1.0f - score * score) : gradient;
-        }
-        gradients[column] = static_cast<T>(gradient);
-      }
-    }
-  }
+  for (int start = last; start >= 0; start -= step) {{
+    if (trained) {{
+      {run_of("vocab", _TRAINED)}
+    }} else {{
+      {run_of("vocab", "gradients[start + i] = static_cast<T>(0.0f);")}
+    }}
+  }}
 """
 
 LOSS = Kernel(

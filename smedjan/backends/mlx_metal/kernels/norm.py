@@ -25,7 +25,7 @@ from math import prod
 
 import mlx.core as mx
 
-from smedjan.backends.mlx_metal.kernels.common import REDUCE, RUN, Kernel, ceil_div, scalars, threads_for
+from smedjan.backends.mlx_metal.kernels.common import REDUCE, RUN, Kernel, ceil_div, run_of, scalars, threads_for
 
 THREADS = 512
 HELD = 16
@@ -48,14 +48,15 @@ _PLACE = """
 
 def _each(body: str) -> str:
     """`body` for each value that a thread holds, with its place in the thread and in the row."""
+    placed = f"""
+          const int at = run * RUN + i, column = start + i;
+          {body}
+        """
     return f"""
-  for (int run = 0; run < RUNS; run++) {{
-    for (int i = 0; i < RUN; i++) {{
-      const int at = run * RUN + i;
-      const int column = run * step + thread_id * RUN + i;
-      if (column < width) {{{body}}}
+    for (int run = 0; run < RUNS; run++) {{
+      const int start = run * step + thread_id * RUN;
+      {run_of("width", placed)}
     }}
-  }}
 """
 
 
