@@ -36,6 +36,7 @@ from smedjan.checkpoint.raw import RawTensor
 from smedjan.graph.lowering import RuleTable
 from smedjan.graph.node import Graph
 from smedjan.graph.program import Observer, Program
+from smedjan.passes.fuse import fuse
 
 
 class MlxProgram(Program):
@@ -100,6 +101,9 @@ class MlxBackend(Backend):
         from smedjan.backends.mlx_metal.collective import MlxCollective
 
         return MlxCollective(rank=rank, world=world)
+
+    def fuse(self, graph: Graph) -> Graph:
+        return fuse(graph, lambda op: op in self.rules.ops())
 
     def program(self, graph: Graph, pool: Any = None) -> Program:
         """Fused on Metal alone: MLX's CPU build runs a C++ compiler, seconds long, for every kernel it fuses."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import mlx.core as mx
 
 from smedjan.backends.mlx_metal.elementwise import wide
+from smedjan.backends.mlx_metal.kernels import loss as kernels
+from smedjan.backends.mlx_metal.kernels.common import has_metal
 from smedjan.backends.mlx_metal.linear import rows as flat_rows
 from smedjan.backends.mlx_metal.table import RULES
 
@@ -84,8 +89,43 @@ def _trained(labels: mx.array, x: mx.array) -> mx.array:
     return (labels != IGNORE).reshape(-1, *(1,) * (x.ndim - 1))
 
 
-@RULES.rule("linear_cross_entropy", label="mlx, chunked rows")
-def linear_cross_entropy(
+def _losses(
+    logits: mx.array,
+    labels: mx.array,
+    num_items: mx.array,
+    *,
+    gradient: bool,
+    factor: float,
+    cap: float,
+    z_loss: float,
+    smoothing: float,
+) -> tuple[mx.array, mx.array | None]:
+    """The twin of `kernels/loss.py`'s `cross_entropy`: its formulas, arrays and dtypes."""
+    scores, vocab_size = wide(logits) * factor, logits.shape[1]
+    slope: float | mx.array = factor
+    if cap:
+        bent = mx.tanh(scores / cap)
+        scores, slope = cap * bent, factor * (1 - mx.square(bent))
+    lse = mx.logsumexp(scores, axis=-1)
+    losses = lse - _picked(scores, labels) * (1.0 - smoothing)
+    if smoothing:
+        losses = losses - scores.mean(axis=-1) * smoothing
+    if z_loss:
+        losses = losses + mx.square(lse) * z_loss
+    losses = mx.where(labels != IGNORE, losses, 0.0)
+    if not gradient:
+        return losses, None
+    probs = mx.exp(scores - lse[:, None])
+    if z_loss:
+        probs = probs * (1.0 + 2.0 * z_loss * lse)[:, None]
+    wrong = probs - _is_target(labels, vocab_size).astype(mx.float32) * (1.0 - smoothing)
+    if smoothing:
+        wrong = wrong - smoothing / vocab_size
+    return losses, (mx.where((labels != IGNORE)[:, None], wrong, 0.0) * slope / num_items).astype(logits.dtype)
+
+
+def _linear_cross_entropy(
+    losses_of: Callable[..., tuple[mx.array, mx.array | None]],
     x: mx.array,
     weight: mx.array,
     labels: mx.array,
@@ -94,17 +134,14 @@ def linear_cross_entropy(
     grads: str,
     scaling: float,
     divisor: float,
-    cap: float,
-    z_loss: float,
-    smoothing: float,
+    **attrs: float,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Gradients for a cotangent of one. dweight is summed over chunks in float32 and rounded once.
 
-    dz = p (1 + 2 z_loss lse) - (1 - smoothing) onehot(label) - smoothing / V
+    `losses_of` gives a chunk's losses and dlogits: a kernel, or its twin.
     """
-    flat, labels, vocab_size = flat_rows(x), labels.astype(mx.int32), weight.shape[0]
-    factor = scaling / divisor
-    step = max(1, CHUNK_LOGITS // vocab_size)
+    flat, labels = flat_rows(x), labels.astype(mx.int32)
+    step = max(1, CHUNK_LOGITS // weight.shape[0])
     total = mx.zeros((), dtype=mx.float32)
     dx_parts: list[mx.array] = []
     dweight = mx.zeros(weight.shape if "w" in grads else (0,), dtype=mx.float32)
@@ -113,30 +150,25 @@ def linear_cross_entropy(
         if start:
             # Without an order, the scheduler may keep several chunks of logits alive.
             part = mx.depends([part], [total, dweight, *dx_parts[-1:]])[0]
-        scores = wide(part @ weight.T) * factor
-        slope: float | mx.array = factor
-        if cap:
-            bent = mx.tanh(scores / cap)
-            scores, slope = cap * bent, factor * (1 - mx.square(bent))
-        lse = mx.logsumexp(scores, axis=-1)
-        losses = lse - _picked(scores, targets) * (1.0 - smoothing)
-        if smoothing:
-            losses = losses - scores.mean(axis=-1) * smoothing
-        if z_loss:
-            losses = losses + mx.square(lse) * z_loss
-        total = total + mx.where(targets != IGNORE, losses, 0.0).sum()
-        if not grads:
+        losses, dlogits = losses_of(
+            part @ weight.T, targets, num_items, gradient=bool(grads), factor=scaling / divisor, **attrs
+        )
+        total = total + losses.sum()
+        if dlogits is None:
             continue
-        probs = mx.exp(scores - lse[:, None])
-        if z_loss:
-            probs = probs * (1.0 + 2.0 * z_loss * lse)[:, None]
-        wrong = probs - _is_target(targets, vocab_size).astype(mx.float32) * (1.0 - smoothing)
-        if smoothing:
-            wrong = wrong - smoothing / vocab_size
-        dscores = (mx.where((targets != IGNORE)[:, None], wrong, 0.0) * slope / num_items).astype(x.dtype)
         if "x" in grads:
-            dx_parts.append(dscores @ weight)
+            dx_parts.append(dlogits @ weight)
         if "w" in grads:
-            dweight = dweight + wide(dscores.T @ part)
+            dweight = dweight + wide(dlogits.T @ part)
     dx = mx.concatenate(dx_parts).reshape(x.shape) if dx_parts else mx.zeros(x.shape if "x" in grads else (0,), x.dtype)
     return total / num_items, dx, dweight.astype(weight.dtype)
+
+
+@RULES.rule("linear_cross_entropy", label="mlx, chunked rows")
+def linear_cross_entropy(*arrays: mx.array, **attrs: Any) -> tuple[mx.array, mx.array, mx.array]:
+    return _linear_cross_entropy(_losses, *arrays, **attrs)
+
+
+@RULES.rule("linear_cross_entropy", label="mlx, chunked rows, metal cross_entropy", supports=has_metal)
+def metal_linear_cross_entropy(*arrays: mx.array, **attrs: Any) -> tuple[mx.array, mx.array, mx.array]:
+    return _linear_cross_entropy(kernels.cross_entropy, *arrays, **attrs)

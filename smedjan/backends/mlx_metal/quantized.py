@@ -1,15 +1,20 @@
-"""Weights of few bits: NF4 and int8 widened in float32 and rounded once, MLX's own format by its own functions."""
+"""Weights of few bits: NF4 and int8 widened in float32 and rounded once, or on Metal multiplied as they are where rows
+are few; MLX's own format by its own functions."""
 
 from __future__ import annotations
 
 from functools import cache
+from math import prod
 from typing import Any
 
 import mlx.core as mx
 
 from smedjan.backends.mlx_metal.elementwise import DTYPES, NAMES, wide
+from smedjan.backends.mlx_metal.kernels import quantized as kernels
+from smedjan.backends.mlx_metal.kernels.common import has_metal
 from smedjan.backends.mlx_metal.linear import linear
 from smedjan.backends.mlx_metal.table import RULES
+from smedjan.graph.node import Node
 from smedjan.ops.quantized import BLOCK, NESTED_BLOCK
 
 
@@ -35,6 +40,14 @@ def nf4_dequantize(
     return values.astype(DTYPES[dtype]).reshape(shape)
 
 
+@RULES.rule("nf4_dequantize", label="metal nf4_dequantize", supports=has_metal)
+def metal_nf4_dequantize(
+    codes: mx.array, absmax: mx.array, nested: mx.array, offset: mx.array, *, shape: tuple[int, int], dtype: str
+) -> mx.array:
+    dynamic = tables()[1]
+    return kernels.nf4_dequantize(codes, absmax, nested, offset, dynamic, shape=shape, dtype=DTYPES[dtype])
+
+
 @RULES.rule("int8_dequantize")
 def int8_dequantize(codes: mx.array, scale: mx.array, *, dtype: str) -> mx.array:
     return (wide(codes) * scale[:, None]).astype(DTYPES[dtype])
@@ -54,9 +67,53 @@ def nf4_linear(
     return linear(x, nf4_dequantize(codes, absmax, nested, offset, shape=shape, dtype=NAMES[x.dtype]), bias)
 
 
+@RULES.rule("nf4_linear", label="metal nf4_dequantize, mlx", supports=has_metal)
+def metal_nf4_linear_of_many(
+    x: mx.array,
+    codes: mx.array,
+    absmax: mx.array,
+    nested: mx.array,
+    offset: mx.array,
+    bias: mx.array | None,
+    *,
+    shape: tuple[int, int],
+) -> mx.array:
+    return linear(x, metal_nf4_dequantize(codes, absmax, nested, offset, shape=shape, dtype=NAMES[x.dtype]), bias)
+
+
+def _few_rows(node: Node) -> bool:
+    x = node.inputs[0]
+    assert x is not None
+    return has_metal() and 0 < prod(x.shape[:-1]) <= kernels.MAX_ROWS
+
+
+def _whole_blocks(node: Node) -> bool:
+    """Few rows, and no block of w lies in two of its rows."""
+    return _few_rows(node) and node.attrs["shape"][1] % BLOCK == 0
+
+
+@RULES.rule("nf4_linear", label="metal nf4_linear", supports=_whole_blocks)
+def metal_nf4_linear(
+    x: mx.array,
+    codes: mx.array,
+    absmax: mx.array,
+    nested: mx.array,
+    offset: mx.array,
+    bias: mx.array | None,
+    *,
+    shape: tuple[int, int],
+) -> mx.array:
+    return kernels.nf4_linear(x, codes, absmax, nested, offset, tables()[1], bias, outs=shape[0])
+
+
 @RULES.rule("int8_linear")
 def int8_linear(x: mx.array, codes: mx.array, scale: mx.array, bias: mx.array | None) -> mx.array:
     return linear(x, int8_dequantize(codes, scale, dtype=NAMES[x.dtype]), bias)
+
+
+@RULES.rule("int8_linear", label="metal int8_linear", supports=_few_rows)
+def metal_int8_linear(x: mx.array, codes: mx.array, scale: mx.array, bias: mx.array | None) -> mx.array:
+    return kernels.int8_linear(x, codes, scale, bias)
 
 
 @RULES.rule("nf4_quantize")

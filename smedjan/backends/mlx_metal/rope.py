@@ -1,15 +1,20 @@
-"""Rotary tables and the rotation. `mx.fast.rope` takes a base and an offset, not tables: it does not fit."""
+"""Rotary tables and the rotation, alone or with the norms of queries and keys. `mx.fast.rope` takes a base and an
+offset, not tables: it does not fit."""
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import mlx.core as mx
 
 from smedjan.backends.mlx_metal.elementwise import DTYPES, wide
+from smedjan.backends.mlx_metal.kernels import rope as kernels
+from smedjan.backends.mlx_metal.kernels.common import has_metal
 from smedjan.backends.mlx_metal.table import RULES
+from smedjan.graph.node import Node
 from smedjan.ops.rope import RopeConfig
 
 
@@ -138,17 +143,155 @@ def rotate_half_bwd(dy: mx.array, *, interleaved: bool) -> mx.array:
 
 
 def _turned(x: mx.array, cos: mx.array, sin: mx.array, rotate: Callable[..., mx.array], interleaved: bool) -> mx.array:
+    """In float32, of x in any dtype."""
     dim = cos.shape[-1]
     part = wide(x[..., :dim])
-    y = (part * wide(cos) + rotate(part, interleaved=interleaved) * wide(sin)).astype(x.dtype)
-    return y if dim == x.shape[-1] else mx.concatenate([y, x[..., dim:]], axis=-1)
+    y = part * wide(cos) + rotate(part, interleaved=interleaved) * wide(sin)
+    return y if dim == x.shape[-1] else mx.concatenate([y, wide(x[..., dim:])], axis=-1)
+
+
+def _fits(node: Node) -> bool:
+    """Heads that a simdgroup holds; on Metal."""
+    given = [x for x in node.inputs[:2] if x is not None]
+    return has_metal() and all(x.numel > 0 and x.shape[3] <= kernels.MAX_HEAD_DIM for x in given)
 
 
 @RULES.rule("rope")
 def rope(x: mx.array, cos: mx.array, sin: mx.array, *, interleaved: bool, upcast: str) -> mx.array:
-    return _turned(x, cos, sin, rotate_half, interleaved)
+    return _turned(x, cos, sin, rotate_half, interleaved).astype(x.dtype)
+
+
+@RULES.rule("rope", label="metal rope", supports=_fits)
+def metal_rope(x: mx.array, cos: mx.array, sin: mx.array, *, interleaved: bool, upcast: str) -> mx.array:
+    return kernels.turn([x], [], cos, sin, interleaved=interleaved)[0]
 
 
 @RULES.rule("rope_bwd")
 def rope_bwd(dy: mx.array, cos: mx.array, sin: mx.array, *, interleaved: bool, upcast: str) -> mx.array:
-    return _turned(dy, cos, sin, rotate_half_bwd, interleaved)
+    return _turned(dy, cos, sin, rotate_half_bwd, interleaved).astype(dy.dtype)
+
+
+@RULES.rule("rope_bwd", label="metal rope", supports=_fits)
+def metal_rope_bwd(dy: mx.array, cos: mx.array, sin: mx.array, *, interleaved: bool, upcast: str) -> mx.array:
+    return kernels.turn([dy], [], cos, sin, interleaved=interleaved, inverse=True)[0]
+
+
+def _normed(x: mx.array, weight: mx.array, eps: float, offset: float) -> tuple[mx.array, mx.array, mx.array]:
+    """x rstd, rstd and offset + weight, in float32"""
+    root = mx.rsqrt(mx.square(wide(x)).mean(axis=-1, keepdims=True) + eps)
+    return wide(x) * root, root, offset + wide(weight)
+
+
+@RULES.rule("qk_norm_rope")
+def qk_norm_rope(
+    q: mx.array,
+    k: mx.array,
+    q_weight: mx.array | None,
+    k_weight: mx.array | None,
+    cos: mx.array,
+    sin: mx.array,
+    *,
+    eps: float,
+    weight_cast: str,
+    offset: float,
+    interleaved: bool,
+    upcast: str,
+) -> tuple[mx.array, mx.array]:
+    """`weight_cast` and `upcast` name roundings that only an exact backend reproduces: everything is rounded once."""
+
+    def turned(x: mx.array, weight: mx.array | None) -> mx.array:
+        value = x
+        if weight is not None:
+            normed, _, gain = _normed(x, weight, eps, offset)
+            value = normed * gain
+        return _turned(value, cos, sin, rotate_half, interleaved).astype(x.dtype)
+
+    return turned(q, q_weight), turned(k, k_weight)
+
+
+@RULES.rule("qk_norm_rope", label="metal qk_norm_rope", supports=_fits)
+def metal_qk_norm_rope(
+    q: mx.array,
+    k: mx.array,
+    q_weight: mx.array | None,
+    k_weight: mx.array | None,
+    cos: mx.array,
+    sin: mx.array,
+    *,
+    eps: float,
+    weight_cast: str,
+    offset: float,
+    interleaved: bool,
+    upcast: str,
+) -> tuple[mx.array, ...]:
+    weights = [weight for weight in (q_weight, k_weight) if weight is not None]
+    return tuple(kernels.turn([q, k], weights, cos, sin, interleaved=interleaved, eps=eps, offset=offset))
+
+
+def _norm_rope_bwd(
+    x: mx.array,
+    dy: mx.array,
+    weight: mx.array,
+    cos: mx.array,
+    sin: mx.array,
+    *,
+    needs: tuple[bool, bool],
+    interleaved: bool,
+    eps: float,
+    offset: float,
+) -> list[mx.array]:
+    """The twin of `kernels/rope.py`'s `norm_rope_bwd`."""
+    g = _turned(dy, cos, sin, rotate_half_bwd, interleaved)
+    normed, root, gain = _normed(x, weight, eps, offset)
+    made = []
+    if needs[0]:
+        through = g * gain
+        made.append((root * (through - normed * (through * normed).mean(axis=-1, keepdims=True))).astype(x.dtype))
+    if needs[1]:
+        made.append((g * normed).sum(axis=(0, 1, 2)).astype(weight.dtype))
+    return made
+
+
+def _qk_bwd(
+    norm_rope_bwd: Callable[..., list[mx.array]],
+    turn_back: Callable[..., list[mx.array]],
+    dys: Sequence[mx.array | None],
+    xs: Sequence[mx.array | None],
+    weights: Sequence[mx.array | None],
+    cos: mx.array,
+    sin: mx.array,
+    *,
+    needs: tuple[bool, bool, bool, bool],
+    interleaved: bool,
+    **attrs: Any,
+) -> mx.array | tuple[mx.array, ...]:
+    """What `needs` names, of q and of k, in the op's order: both gradients of heads, then both of weights."""
+    heads: list[mx.array] = []
+    sums: list[mx.array] = []
+    if weights[0] is None:
+        heads = turn_back([dy for dy, need in zip(dys, needs, strict=False) if need], cos, sin, interleaved)
+    for dy, x, weight, wants in zip(dys, xs, weights, (needs[::2], needs[1::2]), strict=True):
+        if dy is not None and x is not None and weight is not None and any(wants):
+            found = norm_rope_bwd(x, dy, weight, cos, sin, needs=wants, interleaved=interleaved, **attrs)
+            heads += found[: wants[0]]
+            sums += found[wants[0] :]
+    made = (*heads, *sums)
+    return made if len(made) > 1 else made[0]
+
+
+@RULES.rule("qk_norm_rope_bwd")
+def qk_norm_rope_bwd(*arrays: Any, eps: float, weight_cast: str, offset: float, upcast: str, **attrs: Any) -> Any:
+    def turn_back(dys: list[mx.array], cos: mx.array, sin: mx.array, interleaved: bool) -> list[mx.array]:
+        return [_turned(dy, cos, sin, rotate_half_bwd, interleaved).astype(dy.dtype) for dy in dys]
+
+    heads = (arrays[:2], arrays[2:4], arrays[4:6], *arrays[6:])
+    return _qk_bwd(_norm_rope_bwd, turn_back, *heads, eps=eps, offset=offset, **attrs)
+
+
+@RULES.rule("qk_norm_rope_bwd", label="metal qk_norm_rope_bwd", supports=_fits)
+def metal_qk_norm_rope_bwd(*arrays: Any, eps: float, weight_cast: str, offset: float, upcast: str, **attrs: Any) -> Any:
+    def turn_back(dys: list[mx.array], cos: mx.array, sin: mx.array, interleaved: bool) -> list[mx.array]:
+        return kernels.turn(dys, [], cos, sin, interleaved=interleaved, inverse=True)
+
+    heads = (arrays[:2], arrays[2:4], arrays[4:6], *arrays[6:])
+    return _qk_bwd(kernels.norm_rope_bwd, turn_back, *heads, eps=eps, offset=offset, **attrs)

@@ -154,6 +154,24 @@ def _norm(rows: int, dim: int, cast: str, offset: float = 0.0) -> Case:
     )
 
 
+def _add_norm(dim: int, cast: str = "", *, factor: float = 1.0, biased: bool = False) -> Case:
+    """The sum is read again, as a residual stream is. rms_norm, or layer_norm where `cast` is empty."""
+    arrays = {"x": normal(2, 5, dim), "r": normal(2, 5, dim), "w": 1 + normal(dim, scale=0.2)}
+    if biased:
+        arrays["b"] = normal(dim)
+
+    def build(i):
+        if cast:
+            offset = 1.0 if cast == "after" else 0.0
+            attrs = {"eps": 1e-5, "weight_cast": cast, "offset": offset, "factor": factor}
+            total, y = norm.add_rms_norm(i["x"], i["r"], i["w"], **attrs)
+        else:
+            total, y = norm.add_layer_norm(i["x"], i["r"], i["w"], i.get("b"), eps=1e-5, factor=factor)
+        return el.add(total, y)
+
+    return Case(build, arrays, tuple(arrays), dim + 10)
+
+
 def _layer_norm(rows: int, dim: int, biased: bool, composed: bool) -> Case:
     arrays = {"x": 2 + normal(2, rows, dim), "w": 1 + normal(dim, scale=0.2)}
     if biased:
@@ -214,6 +232,27 @@ def _rope(dim: int, rope_type: str, *, partial: float = 1.0, **attrs) -> Case:
     # The device's own pow makes dynamic's frequencies, to an ulp or two, which a position p multiplies by p.
     step = 1 if rope_type == "dynamic" else 211
     return Case(build, {"x": normal(2, 3, 5, dim), "pos": torch.arange(5)[None] * step}, ("x",))
+
+
+def _qk_rope(dim: int, *, norm: str = "", partial: float = 1.0, upcast: str = "", interleaved: bool = False) -> Case:
+    """Queries and keys as a projection leaves them, [B, T, H D]: gradients of both, summed in one output."""
+    config = rope.RopeConfig(rope_type="default", partial_rotary_factor=partial)
+    arrays = {"q": normal(2, 5, 3 * dim), "k": normal(2, 5, 2 * dim), "pos": torch.arange(5)[None] * 211}
+    if norm:
+        arrays |= {"qw": 1 + normal(dim, scale=0.2), "kw": 1 + normal(dim, scale=0.2)}
+
+    def build(i):
+        dtype = "float32" if upcast == "terms" else i["q"].dtype
+        tables = rope.rope_tables(i["pos"], rope=config, head_dim=dim, dtype=dtype, interleaved=interleaved)
+        q, k = att.split_heads(i["q"], heads=3), att.split_heads(i["k"], heads=2)
+        attrs = {"eps": 1e-5, "weight_cast": norm, "offset": float(norm == "after")} if norm else {}
+        q, k = rope.qk_norm_rope(
+            q, k, i.get("qw"), i.get("kw"), *tables, interleaved=interleaved, upcast=upcast, **attrs
+        )
+        return shape.concat(q, k, dim=1)
+
+    wrt = tuple(name for name in arrays if name != "pos")
+    return Case(build, arrays, wrt, dim + 30)
 
 
 def _attention(
@@ -345,11 +384,19 @@ CASES: dict[str, Case] = {
     **{f"rms_norm_offset_{dim}": _norm(5, dim, "after", 1.0) for dim in (1, 33)},
     "layer_norm": _layer_norm(5, 33, True, False),
     "layer_norm_composed": _layer_norm(5, 33, False, True),
+    "add_rms_norm": _add_norm(33, "before"),
+    "add_rms_norm_after": _add_norm(33, "after", factor=0.3),
+    "add_layer_norm": _add_norm(33, biased=True, factor=0.3),
+    "add_layer_norm_no_bias": _add_norm(33),
     **_shape(),
     **{f"rope_{kind}_{dim}": _rope(dim, kind) for kind in ("default", "linear", "llama3") for dim in (2, 64)},
     **{f"rope_{kind}": _rope(16, kind) for kind in ("yarn", "dynamic", "longrope-short", "longrope-long")},
     "rope_partial": _rope(16, "default", partial=0.5),
     "rope_interleaved": _rope(16, "default", interleaved=True, upcast="input"),
+    "qk_norm_rope": _qk_rope(64, norm="before"),
+    "qk_norm_rope_after": _qk_rope(16, norm="after", partial=0.5, upcast="terms"),
+    "qk_rope": _qk_rope(16, interleaved=True, upcast="input"),
+    "qk_rope_odd": _qk_rope(10),
     "rope_terms": _rope(16, "default", upcast="terms"),
     **{
         f"glu_{name}": Case(
