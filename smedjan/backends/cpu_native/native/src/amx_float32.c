@@ -25,78 +25,131 @@
 #define BLOCK_SIZE (BLOCK * DEPTH)              /* numbers of 32 lines in a step of the depth */
 #define OPERAND (TERMS * BLOCK_SIZE)            /* their terms */
 
-/* The terms h, m, l of 32 rows of 32 numbers, of which `rows` and `wide` are there, the others 0: each [32, 32] */
+/* A step of the depth takes number p of 16 and number p + 16 together, of both operands: as good an order as any other,
+ * and one in which two loads make a row of pairs. The terms h, m, l of 32 lines, each two tiles of 16 rows; what is not
+ * there is 0. A tile's row is a line, with its pairs; `across`, where a row in memory is a place of the depth, it is a
+ * pair, with its lines.
+ */
 #if TILES == 2
 static inline __mmask16 first16(int64_t count) { return count >= 16 ? 0xffff : count > 0 ? (1u << count) - 1 : 0; }
 
-static inline void split(bf16 *const *terms, const float *x, int64_t pitch, int64_t rows, int64_t wide)
+/* Row i of a tile, pairs of `left` and `right`, to its place in each term's. */
+static inline __attribute__((always_inline)) void split_row(bf16 *const *terms, int64_t at, __m512 left, __m512 right)
 {
-    const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
-                                           25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
     const __m512i half = _mm512_set1_epi32(0x8000), kept = _mm512_set1_epi32((int)0xffff0000);
-    const __mmask16 left = first16(wide), right = first16(wide - 16);
-    for (int64_t i = 0; i < BLOCK; i++) {
-        __m512 a = _mm512_setzero_ps(), b = a;
-        if (i < rows) {
-            a = _mm512_maskz_loadu_ps(left, x + i * pitch);
-            b = _mm512_maskz_loadu_ps(right, x + i * pitch + 16);
+    for (int term = 0; term < TERMS; term++) {
+        __m512i p = _mm512_castps_si512(left), q = _mm512_castps_si512(right);
+        if (term < TERMS - 1) {
+            p = _mm512_add_epi32(p, half);
+            q = _mm512_add_epi32(q, half);
         }
-        for (int term = 0; term < TERMS; term++) {
-            __m512i p = _mm512_castps_si512(a), q = _mm512_castps_si512(b);
-            if (term < TERMS - 1) {
-                p = _mm512_add_epi32(p, half);
-                q = _mm512_add_epi32(q, half);
-            }
-            _mm512_storeu_si512(terms[term] + i * DEPTH, _mm512_permutex2var_epi16(p, upper, q));
-            a = _mm512_sub_ps(a, _mm512_castsi512_ps(_mm512_and_si512(p, kept)));
-            b = _mm512_sub_ps(b, _mm512_castsi512_ps(_mm512_and_si512(q, kept)));
+        q = _mm512_and_si512(q, kept);
+        _mm512_storeu_si512(terms[term] + at, _mm512_or_si512(_mm512_srli_epi32(p, 16), q));
+        if (term < TERMS - 1) {
+            left = _mm512_sub_ps(left, _mm512_castsi512_ps(_mm512_and_si512(p, kept)));
+            right = _mm512_sub_ps(right, _mm512_castsi512_ps(q));
         }
     }
 }
-#else
-static inline void split(bf16 *const *terms, const float *x, int64_t pitch, int64_t rows, int64_t wide)
+
+static inline void split(bf16 *const *terms, const float *x, int64_t pitch, int across, int64_t lines, int64_t depth)
 {
-    for (int64_t i = 0; i < BLOCK; i++)
-        for (int64_t j = 0; j < DEPTH; j++) {
-            float rest = i < rows && j < wide ? x[i * pitch + j] : 0.0f;
+    const int64_t right = across ? TILE * pitch : TILE; /* from a number to its pair's other one */
+    for (int64_t tile = 0; tile < 2; tile++) {
+        const int64_t rest = lines - tile * TILE;
+        const float *row = x + (across ? tile * TILE : tile * TILE * pitch);
+        bf16 *const here[TERMS] = {terms[0] + tile * TILE_SIZE, terms[1] + tile * TILE_SIZE, terms[2] + tile * TILE_SIZE};
+        if (rest >= TILE && depth >= DEPTH) {
+            for (int64_t i = 0; i < TILE; i++, row += pitch)
+                split_row(here, i * DEPTH, _mm512_loadu_ps(row), _mm512_loadu_ps(row + right));
+            continue;
+        }
+        for (int64_t i = 0; i < TILE; i++, row += pitch) {
+            const __mmask16 p = first16(across ? (i < depth ? rest : 0) : i < rest ? depth : 0);
+            const __mmask16 q = first16(across ? (i + TILE < depth ? rest : 0) : i < rest ? depth - TILE : 0);
+            split_row(here, i * DEPTH, _mm512_maskz_loadu_ps(p, row), _mm512_maskz_loadu_ps(q, row + right));
+        }
+    }
+}
+
+/* Two tiles, each turned: 16 x 16 pairs. Quarters of four rows by loads, which leaves half of the shuffles. */
+static inline void turn(bf16 *to, const bf16 *x)
+{
+    for (int half = 0; half < 2; half++)
+        for (int quarter = 0; quarter < 4; quarter++) {
+            const bf16 *from = x + half * TILE_SIZE + quarter * 8;
+            __m512i r[4], t[4];
+            for (int i = 0; i < 4; i++) {
+                r[i] = _mm512_castsi128_si512(_mm_load_si128((const __m128i *)(from + i * DEPTH)));
+                r[i] = _mm512_inserti32x4(r[i], _mm_load_si128((const __m128i *)(from + (4 + i) * DEPTH)), 1);
+                r[i] = _mm512_inserti32x4(r[i], _mm_load_si128((const __m128i *)(from + (8 + i) * DEPTH)), 2);
+                r[i] = _mm512_inserti32x4(r[i], _mm_load_si128((const __m128i *)(from + (12 + i) * DEPTH)), 3);
+            }
+            for (int i = 0; i < 4; i += 2) {
+                t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+                t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+            }
+            bf16 *there = to + half * TILE_SIZE + quarter * 4 * DEPTH;
+            _mm512_storeu_si512(there, _mm512_unpacklo_epi64(t[0], t[2]));
+            _mm512_storeu_si512(there + DEPTH, _mm512_unpackhi_epi64(t[0], t[2]));
+            _mm512_storeu_si512(there + 2 * DEPTH, _mm512_unpacklo_epi64(t[1], t[3]));
+            _mm512_storeu_si512(there + 3 * DEPTH, _mm512_unpackhi_epi64(t[1], t[3]));
+        }
+}
+#else
+static inline void split(bf16 *const *terms, const float *x, int64_t pitch, int across, int64_t lines, int64_t depth)
+{
+    for (int64_t line = 0; line < BLOCK; line++)
+        for (int64_t k = 0; k < DEPTH; k++) {
+            const int64_t pair = k % TILE, other = line % TILE;
+            const int64_t place = across ? pair * DEPTH + 2 * other : other * DEPTH + 2 * pair;
+            float rest = line < lines && k < depth ? x[across ? k * pitch + line : line * pitch + k] : 0.0f;
             for (int term = 0; term < TERMS; term++) {
                 uint32_t bits;
                 memcpy(&bits, &rest, 4);
                 const bf16 each = {(uint16_t)((bits + (term < TERMS - 1 ? 0x8000u : 0u)) >> 16)};
-                terms[term][i * DEPTH + j] = each;
+                terms[term][line / TILE * TILE_SIZE + place + k / TILE] = each;
                 rest -= widen(each);
             }
         }
 }
+
+static inline void turn(bf16 *to, const bf16 *x)
+{
+    for (int64_t half = 0; half < BLOCK_SIZE; half += TILE_SIZE)
+        for (int64_t i = 0; i < TILE; i++)
+            for (int64_t j = 0; j < TILE; j++)
+                memcpy(to + half + j * DEPTH + 2 * i, x + half + i * DEPTH + 2 * j, 4);
+}
 #endif
+
+/* 32 lines of an operand in a step of the depth, its terms at `places`; `turned`: rows of tiles are to be what `split`
+ * would not make them. */
+static inline void put(bf16 *const *places, const float *x, int64_t pitch, int across, int turned, int64_t lines,
+                       int64_t depth)
+{
+    if (!turned) {
+        split(places, x, pitch, across, lines, depth);
+        return;
+    }
+    _Alignas(64) bf16 room[OPERAND];
+    bf16 *const terms[TERMS] = {room, room + BLOCK_SIZE, room + 2 * BLOCK_SIZE};
+    split(terms, x, pitch, across, lines, depth);
+    for (int term = 0; term < TERMS; term++)
+        turn(places[term], terms[term]);
+}
 
 /* Terms lie in the order in which they are read: of a l, m, h, of b h, l, m. */
 static inline void put_a(bf16 *to, const float *a, int64_t pitch, int across, int64_t rows, int64_t depth)
 {
     bf16 *const places[TERMS] = {to + 2 * BLOCK_SIZE, to + BLOCK_SIZE, to};
-    if (!across) {
-        split(places, a, pitch, rows, depth); /* rows of tiles as they are */
-        return;
-    }
-    bf16 room[OPERAND], *const terms[TERMS] = {room, room + BLOCK_SIZE, room + 2 * BLOCK_SIZE};
-    split(terms, a, pitch, depth, rows);
-    for (int term = 0; term < TERMS; term++)
-        put_across(places[term], terms[term], DEPTH, BLOCK, DEPTH, 1);
+    put(places, a, pitch, across, across, rows, depth);
 }
 
 static inline void put_b(bf16 *to, const float *b, int64_t pitch, int across, int64_t columns, int64_t depth)
 {
     bf16 *const places[TERMS] = {to, to + 2 * BLOCK_SIZE, to + BLOCK_SIZE};
-    bf16 room[OPERAND], *const terms[TERMS] = {room, room + BLOCK_SIZE, room + 2 * BLOCK_SIZE};
-    if (across)
-        split(terms, b, pitch, depth, columns);
-    else
-        split(terms, b, pitch, columns, depth);
-    for (int term = 0; term < TERMS; term++)
-        if (across)
-            put_across(places[term], terms[term], DEPTH, BLOCK, DEPTH, 0);
-        else
-            put_lines(places[term], terms[term], DEPTH, BLOCK, DEPTH, 1);
+    put(places, b, pitch, across, !across, columns, depth);
 }
 
 /* arrays: a, tiles
