@@ -29,43 +29,13 @@ from smedjan.backends.mlx_metal import (  # noqa: F401  (each fills RULES)
 from smedjan.backends.mlx_metal import (
     shape as shape_rules,  # noqa: F401
 )
-from smedjan.backends.mlx_metal.cache import HOST_INPUTS
 from smedjan.backends.mlx_metal.elementwise import DTYPES, NAMES
+from smedjan.backends.mlx_metal.program import MlxProgram, Pool
 from smedjan.backends.mlx_metal.table import RULES
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.graph.lowering import RuleTable
 from smedjan.graph.node import Graph
-from smedjan.graph.program import Observer, Program
-
-
-class MlxProgram(Program):
-    """With `fuse`, compiled unless a host integer decides shapes (a cache's start, end): each value would retrace."""
-
-    def __init__(self, graph: Graph, rules: RuleTable, *, fuse: bool) -> None:
-        super().__init__(graph, rules)
-        hosts = {
-            call.node.inputs[HOST_INPUTS[call.node.op.name]] for call in self.calls if call.node.op.name in HOST_INPUTS
-        }
-        self._host_names = {name for name, tensor in graph.inputs.items() if tensor in hosts}
-        self._compiled = mx.compile(super().__call__) if fuse and not hosts else None
-
-    def __call__(self, inputs: Mapping[str, Any], *, observe: Observer | None = None) -> dict[str, mx.array]:
-        bound = {name: inputs[name] if name in self._host_names else _array(inputs[name]) for name in self.graph.inputs}
-        if observe is not None or self._compiled is None:
-            made = super().__call__(bound, observe=observe)
-        else:
-            made = self._compiled(bound)
-        mx.eval(made)
-        return made
-
-
-def _array(value: Any) -> mx.array:
-    """A learning rate, step or seed as an array: as a Python number it would be a constant of the compiled program."""
-    if isinstance(value, mx.array):
-        return value
-    if isinstance(value, float):
-        return mx.array(value, dtype=mx.float32)
-    return mx.array(value, dtype=mx.int32 if value < 2**31 else mx.int64)
+from smedjan.graph.program import Program
 
 
 class MlxBackend(Backend):
