@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import mlx.core as mx
 
+from smedjan.backends import fitted
 from smedjan.backends.base import Backend
 from smedjan.backends.collective import Collective
 from smedjan.backends.mlx_metal import (  # noqa: F401  (each fills RULES)
@@ -17,6 +19,7 @@ from smedjan.backends.mlx_metal import (  # noqa: F401  (each fills RULES)
     elementwise,
     embedding,
     glu,
+    limits,
     linear,
     lora,
     loss,
@@ -33,9 +36,9 @@ from smedjan.backends.mlx_metal.elementwise import DTYPES, NAMES
 from smedjan.backends.mlx_metal.program import MlxProgram, Pool
 from smedjan.backends.mlx_metal.table import RULES
 from smedjan.checkpoint.raw import RawTensor
-from smedjan.graph.lowering import RuleTable
 from smedjan.graph.node import Graph
 from smedjan.graph.program import Program
+from smedjan.graph.recompute import Decision
 
 
 class MlxBackend(Backend):
@@ -43,8 +46,13 @@ class MlxBackend(Backend):
     exact = False
     rules = RULES
 
-    def __init__(self) -> None:
+    def __init__(self, *, compiled: bool | None = None) -> None:
+        """`compiled`: whether programs are (None: on Metal alone, since MLX's CPU build runs a C++ compiler, seconds
+        long, for every kernel that it fuses). They are planned as they are run."""
         self.device = "metal" if mx.metal.is_available() else "cpu"
+        # On Metal a step gives up what it must for what the GPU holds, whatever the flags say.
+        self.recomputes = self.device == "cpu"
+        self.compiled = self.device == "metal" if compiled is None else compiled
 
     def from_raw(self, raw: RawTensor) -> mx.array:
         """Bytes viewed as their dtype: numpy, which has no bfloat16, is not asked."""
@@ -71,16 +79,34 @@ class MlxBackend(Backend):
 
         return MlxCollective(rank=rank, world=world)
 
+    def pool(self, memory: int | None = None, reserved: int = 0) -> Pool:
+        """On Metal, all that the GPU can hold without slowing down, if the run is not given less."""
+        if memory is None and self.device == "metal":
+            memory = limits.working_set()
+        return Pool(None if memory is None else max(0, memory - reserved))
+
     def program(self, graph: Graph, pool: Any = None) -> Program:
-        """Fused on Metal alone: MLX's CPU build runs a C++ compiler, seconds long, for every kernel it fuses."""
-        return MlxProgram(graph, self.rules, fuse=self.device == "metal")
+        pool = pool or Pool()
+        return fitted.program(graph, pool.memory, self._maker(pool), offload=False)
+
+    def smallest(self, graph: Graph, pool: Any = None) -> Program:
+        pool = pool or Pool()
+        return fitted.smallest(graph, pool.memory, self._maker(pool), offload=False)
+
+    def _maker(self, pool: Pool) -> fitted.Make[MlxProgram]:
+        def make(graph: Graph, decisions: Sequence[Decision]) -> MlxProgram:
+            return MlxProgram(graph, self.rules, fuse=self.compiled, pool=pool, decisions=decisions)
+
+        return make
+
+    def holding(self, planned: int) -> AbstractContextManager[None]:
+        return limits.holding(planned) if self.device == "metal" else nullcontext()
 
     def memory_available(self) -> int | None:
         """On Metal, what the GPU can hold without slowing down, less what MLX has there already."""
         if self.device != "metal":
             return super().memory_available()
-        working_set = mx.device_info()["max_recommended_working_set_size"]
-        return max(0, int(working_set) - mx.get_active_memory())
+        return max(0, limits.working_set() - mx.get_active_memory())
 
     def peak_memory(self) -> int:
         """Metal shares the machine's memory: MLX's own peak where there is a GPU, else the process's."""

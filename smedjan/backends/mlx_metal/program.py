@@ -54,14 +54,11 @@ class MlxProgram(Program):
         # What a cache holds decides shapes that nobody knows yet: such a program is one segment, and bounded by none.
         self.bounded = not hosts
         told = {
-            node: own
-            for node, own in self.temporaries.items()
-            if hosts or rules.lower(node).temporaries is not None
+            node: own for node, own in self.temporaries.items() if hosts or rules.lower(node).temporaries is not None
         }
         self.schedule = segments.schedule(graph, self.calls, slots, fused=self.fused, told=told, cut=cut and not hosts)
         self.temporaries = {
-            node: max(0, extra - sum(out.nbytes for out in node.outputs))
-            for node, extra in self.schedule.extra.items()
+            node: max(0, extra - sum(out.nbytes for out in node.outputs)) for node, extra in self.schedule.extra.items()
         }
         pool = pool or Pool()
         self._functions = [self._function(each, pool) for each in self.schedule.segments]

@@ -19,8 +19,8 @@ from smedjan.graph.node import Graph, Node
 from smedjan.graph.program import NONE_SLOT, Call
 from smedjan.graph.tensor import Tensor
 
-SLACK = 16
-"""A segment may hold a sixteenth more than the peak that no order of evaluation goes below."""
+SLACK = 8
+"""A segment may hold more than the peak that no order of evaluation goes below: by an eighth of what is not inputs."""
 
 _FOOTPRINTS: dict[Hashable, Footprint] = {}
 
@@ -83,7 +83,11 @@ class _Buffers:
         read = {tensor for call in self.calls for tensor in call.node.inputs if tensor is not None}
         self.read = read | set(self.graph.outputs.values())
         for tensor in self.graph.inputs.values():
-            self.root[tensor], self.strides[tensor], self.nbytes[tensor] = tensor, row_major(tensor.shape), tensor.nbytes
+            self.root[tensor], self.strides[tensor], self.nbytes[tensor] = (
+                tensor,
+                row_major(tensor.shape),
+                tensor.nbytes,
+            )
         # Twice: which call reads a buffer last is known when it is known what lies in it.
         for _ in range(2):
             last = self._last_reads()
@@ -98,7 +102,7 @@ class _Buffers:
                 if tensor is not None:
                     last[self.root.get(tensor, tensor)] = position
             if call.node.op.name not in HOST_INPUTS:
-                donated |= {call.node.inputs[index] for _, index in call.node.op.donated(call.node)}
+                donated |= {t for _, index in call.node.op.donated(call.node) if (t := call.node.inputs[index])}
         for tensor in self.graph.outputs.values():
             last[self.root.get(tensor, tensor)] = len(self.calls)
         for tensor in self.graph.inputs.values():
@@ -182,7 +186,7 @@ def schedule(
         before.append(alive)
         peak = max(peak, alive + move.extra)
         alive += move.made - move.freed
-    target = peak + peak // SLACK
+    target = peak + (peak - inputs) // SLACK
     blocks = list(_blocks(calls)) if cut else [(0, len(calls))]
     keys = [_key(graph, calls, moves, *block) for block in blocks]
     room: dict[Hashable, int] = {}
@@ -227,9 +231,7 @@ def _key(graph: Graph, calls: Sequence[Call], moves: Sequence[_Move], first: int
     )
 
 
-def _cut(
-    moves: Sequence[_Move], before: Sequence[int], first: int, last: int, room: int
-) -> Iterator[tuple[int, int]]:
+def _cut(moves: Sequence[_Move], before: Sequence[int], first: int, last: int, room: int) -> Iterator[tuple[int, int]]:
     """Ranges as long as what is made in each, with the most that a call takes, fits into `room`, counted from what is
     alive at the block's start."""
     start, held, spare = first, 0, 0
@@ -291,10 +293,10 @@ def function(segment: Segment, calls: Sequence[Call]) -> Callable[..., tuple[Any
     steps = []
     for call in calls:
         attrs = {name: value for name, value in call.node.attrs.items() if name != "site"}
-        run = partial(function_of(call), **attrs) if attrs else function_of(call)
+        rule = partial(function_of(call), **attrs) if attrs else function_of(call)
         ins, to = [place[slot] for slot in call.ins], [place[slot] for slot in call.outs]
         frees = [place[slot] for slot in call.frees if slot not in segment.outs]
-        steps.append((run, ins, to, frees, "site" in call.node.attrs))
+        steps.append((rule, ins, to, frees, "site" in call.node.attrs))
 
     def run(sites: Sequence[Any], *arrays: Any) -> tuple[Any, ...]:
         values: list[Any] = [None, *arrays, *(None,) * len(made)]

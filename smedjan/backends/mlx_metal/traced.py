@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -49,7 +50,7 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """An output: in the buffer of input `alias`, or (None) in one of its own of `nbytes`; no array where not `there`."""
+    """An output in the buffer of input `alias`, or (None) in one of its own of `nbytes`; not `there`: None."""
 
     alias: int | None
     strides: tuple[int, ...]
@@ -84,6 +85,7 @@ class _Buffer:
     mortal: bool
     input: int | None = None
     readers: int = 0
+    reads: int = 0
     kept: bool = False
 
 
@@ -155,12 +157,52 @@ def trace(run: Callable[..., Any], given: Sequence[Given | None], wanted: Sequen
         )
         for each in told["primitive"]
     ]
+    primitives = evaluated(primitives, [name for name, *_ in told["outputs"]])
     constants = [(name, tuple(array.shape), array.dtype.size) for name, array in told["constants"]]
     names = [name for name, *_ in told["inputs"]]
     found = _Replay(there, names, constants, primitives, [name for name, *_ in told["outputs"]], fused=fused).run()
     left = iter(found.results)
     results = tuple(Result(None, (), 0, there=False) if index in absent else next(left) for index in wanted)
     return Footprint(found.extra, found.largest, results)
+
+
+WIDTH = 20
+"""Arrays that MLX looks at side by side when it orders what it evaluates (`MLX_BFS_MAX_WIDTH`)."""
+
+
+def evaluated(primitives: Sequence[_Primitive], outputs: Sequence[str]) -> list[_Primitive]:
+    """The primitives in the order in which MLX evaluates them: breadth first from the outputs, back to front, and depth
+    first where that is wider than WIDTH (mlx/transforms.cpp, `eval_impl`)."""
+    maker = {name: index for index, each in enumerate(primitives) for name, *_ in each.outputs}
+    sources = [[maker[name] for name in each.inputs if name in maker] for each in primitives]
+    ends = [maker[name] for name in outputs if name in maker]
+    degree: dict[int, int] = {}
+    stack = [*ends]
+    while stack:
+        found = stack.pop()
+        degree[found] = degree.get(found, 0) + 1
+        if degree[found] == 1:
+            stack.extend(sources[found])
+    tape: list[int] = [-1]
+    waiting: list[tuple[int, int]] = []
+    at = 0
+    while degree and (at < len(tape) or waiting):
+        if at < len(tape):
+            found, start = tape[at], 0
+            at += 1
+        else:
+            found, start = waiting.pop()
+        edges = ends if found < 0 else sources[found]
+        for edge in range(start, len(edges)):
+            if len(tape) - at >= WIDTH:
+                waiting.append((found, edge))
+                break
+            source = edges[edge]
+            degree[source] -= 1
+            if not degree[source]:
+                del degree[source]
+                tape.append(source)
+    return [primitives[index] for index in reversed(tape[1:])]
 
 
 class _Replay:
@@ -196,9 +238,7 @@ class _Replay:
     def _fused_away(self) -> set[str]:
         """Results of elementwise primitives that elementwise ones alone read."""
         elementwise = ELEMENTWISE | {"Broadcast"}
-        read_by_others = {
-            name for each in self.primitives if each.name not in elementwise for name in each.inputs
-        }
+        read_by_others = {name for each in self.primitives if each.name not in elementwise for name in each.inputs}
         made = {out[0] for each in self.primitives if each.name in elementwise for out in each.outputs}
         return made - read_by_others - set(self.outputs)
 
@@ -208,6 +248,7 @@ class _Replay:
                 self.values[name].buffer.kept = True
         for name, value in self.values.items():
             value.buffer.readers += self.reads.get(name, 0)
+            value.buffer.reads += self.reads.get(name, 0)
         for primitive in self.primitives:
             self._step(primitive)
         results = []
@@ -231,6 +272,7 @@ class _Replay:
                 value = self._made(primitive, ins, name, shape, itemsize)
             self.values[name] = value
             value.buffer.readers += self.reads.get(name, 0)
+            value.buffer.reads += self.reads.get(name, 0)
             value.buffer.kept |= name in self.outputs
         self.peak = max(self.peak, self.alive + spare)
         for name in set(primitive.inputs):
@@ -259,7 +301,8 @@ class _Replay:
         if primitive.name in IN_PLACE:
             for value in ins:
                 buffer = value.buffer
-                last = buffer.readers == 1 and buffer.mortal and not buffer.kept
+                # An earlier reader may not have run yet, and holds it.
+                last = buffer.readers == buffer.reads == 1 and buffer.mortal and not buffer.kept
                 fits = value.itemsize == itemsize and nbytes <= buffer.nbytes <= nbytes + SPARE
                 if last and fits and value.shape == shape and value.dense:
                     taken = _Buffer(buffer.nbytes, True)
@@ -311,7 +354,7 @@ class _Replay:
             inner = of.strides[first : last + 1]
             sizes = of.shape[first : last + 1]
             steps = [(size, stride) for size, stride in zip(sizes, inner, strict=True) if size != 1]
-            if all(far == near * size for (_, far), (size, near) in zip(steps, steps[1:], strict=False)):
+            if all(far == near * size for (_, far), (size, near) in pairwise(steps)):
                 strides = (*of.strides[:first], steps[-1][1] if steps else 1, *of.strides[last + 1 :])
         elif name in ("Reshape", "View", "Contiguous") and of.dense:
             strides = row_major(shape)
