@@ -38,7 +38,7 @@ from smedjan.backends.mlx_metal.table import RULES
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.graph.node import Graph
 from smedjan.graph.program import Program
-from smedjan.graph.recompute import Decision
+from smedjan.graph.recompute import Decision, narrow
 
 
 class MlxBackend(Backend):
@@ -87,11 +87,11 @@ class MlxBackend(Backend):
 
     def program(self, graph: Graph, pool: Any = None) -> Program:
         pool = pool or Pool()
-        return fitted.program(graph, pool.memory, self._maker(pool), offload=False)
+        return fitted.program(narrow(graph), pool.memory, self._maker(pool), offload=False)
 
     def smallest(self, graph: Graph, pool: Any = None) -> Program:
         pool = pool or Pool()
-        return fitted.smallest(graph, pool.memory, self._maker(pool), offload=False)
+        return fitted.smallest(narrow(graph), pool.memory, self._maker(pool), offload=False)
 
     def _maker(self, pool: Pool) -> fitted.Make[MlxProgram]:
         def make(graph: Graph, decisions: Sequence[Decision]) -> MlxProgram:

@@ -16,6 +16,9 @@ from smedjan.graph.node import Graph
 from smedjan.graph.program import Observer, Program
 from smedjan.graph.recompute import Decision
 
+RUN_AHEAD = 32 << 20
+"""Bytes that are worth no wait: MLX may always allocate so many before what runs is done."""
+
 
 @dataclass
 class Pool:
@@ -108,7 +111,7 @@ class MlxProgram(Program):
             yield
             return
         own = self.schedule.peak - self.schedule.inputs - self.schedule.largest
-        before = mx.set_memory_limit(max(1, mx.get_active_memory() + own))
+        before = mx.set_memory_limit(mx.get_active_memory() + max(own, RUN_AHEAD))
         try:
             yield
         finally:

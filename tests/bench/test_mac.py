@@ -1,0 +1,75 @@
+"""bench/mac.sh, run as a Mac's owner would, on MLX's CPU build with a tiny model of 4 bits, beside the real mlx-lm."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    # Without MLX's compiler, which on a CPU is a C++ compiler.
+    settings = {"SMEDJAN_PYTHON": sys.executable, "MLX_DISABLE_COMPILE": "1"}
+    return subprocess.run(
+        ["bash", str(ROOT / "bench" / "mac.sh"), *words],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_bench_runs_beside_mlx_lm_and_fills_its_table(tmp_path: Path) -> None:
+    """Both sides in processes of their own, on one directory: first losses agree, the same greedy text comes out, and
+    every figure is there."""
+    done = run("--shape", "tiny-4bit", "--rounds", "1", "--steps", "1", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("*.json")
+    result = json.loads(file.read_text())
+    assert {"device", "system", "mlx", "mlx_lm", "smedjan", "date"} <= result.keys()
+    train, generate = result["results"]
+    assert list(train["sides"]) == ["smedjan", "mlx-lm", "mlx-lm, checkpointed"]
+    assert list(generate["sides"]) == ["smedjan", "mlx-lm"]
+    for found in (*train["sides"].values(), *generate["sides"].values()):
+        assert all(number > 0 for number in found.values())
+    assert len(train["first_loss"]) == 3
+    assert generate["same_tokens"] > 0
+    rows = [line.split("|")[1:4] for line in done.stdout.splitlines() if line.startswith("| tiny-4bit ")]
+    assert [[cell.strip() for cell in row[1:]] for row in rows] == [
+        ["LoRA", "smedjan"],
+        ["LoRA", "mlx-lm"],
+        ["LoRA", "mlx-lm, checkpointed"],
+        ["prefill", "smedjan"],
+        ["decode", "smedjan"],
+        ["prefill", "mlx-lm"],
+        ["decode", "mlx-lm"],
+    ]
+    assert file.with_suffix(".md").read_text() in done.stdout
+
+
+def test_shapes_are_those_of_the_models_and_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters as the models' cards have them, and plans of LoRA that grow with them."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import mac
+    from mac_shapes import SHAPES
+
+    from smedjan.models.registry import read_config
+
+    counted = {}
+    for name, shape in SHAPES.items():
+        shapes = read_config(shape.config, Path("config.json")).parameter_shapes().values()
+        counted[name] = sum(dims[0] * (dims[1] if len(dims) > 1 else 1) for dims in shapes)
+    assert counted == {"qwen2.5-0.5b": 494_032_768, "qwen2.5-1.5b": 1_543_714_304, "llama-3.1-8b-4bit": 8_030_261_248}
+    needed = {name: mac.planned(SHAPES[name]) for name in SHAPES}
+    assert sorted(needed, key=lambda name: needed[name]) == list(SHAPES)
+    monkeypatch.setattr(mac, "planned", lambda shape: next(n for name, n in needed.items() if SHAPES[name] is shape))
+    last = max(needed.values())
+    for held, out in ((last, []), (last - 1, ["llama-3.1-8b-4bit"]), (1, list(SHAPES)), (None, [])):
+        found = dict(mac.runnable(list(SHAPES), {"working_set_bytes": held}))
+        assert [name for name, why in found.items() if why is not None] == out
