@@ -29,8 +29,7 @@ class Pool:
 
 
 class MlxProgram(Program):
-    """With `fuse`, each segment is compiled, unless a host integer decides shapes (a cache's start, end): each value
-    would retrace.
+    """With `fuse`, each segment is compiled in which no host integer (a cache's start, end) decides shapes.
 
     What an op donates is replaced in the array that the caller holds, as in-place backends do: nobody holds the old
     values while the new ones are made, and MLX can write them into the old ones' buffers.
@@ -52,9 +51,9 @@ class MlxProgram(Program):
             call.node.inputs[HOST_INPUTS[call.node.op.name]] for call in self.calls if call.node.op.name in HOST_INPUTS
         }
         self._host_names = {name for name, tensor in graph.inputs.items() if tensor in hosts}
-        self.fused = fuse and not hosts
+        self.fused = fuse
         slots = {tensor: index + 1 for index, tensor in enumerate(t for node in graph.nodes for t in node.outputs)}
-        # What a cache holds decides shapes that nobody knows yet: such a program is one segment, and bounded by none.
+        # What a cache holds decides shapes that nobody knows yet: no memory is planned for such a program.
         self.bounded = not hosts
         told = {
             node: own for node, own in self.temporaries.items() if hosts or rules.lower(node).temporaries is not None
@@ -65,13 +64,21 @@ class MlxProgram(Program):
         }
         pool = pool or Pool()
         self._functions = [self._function(each, pool) for each in self.schedule.segments]
+        self._sites = [
+            [mx.array(site, dtype=mx.uint32) if self._compiles(each) else site for site in each.sites]
+            for each in self.schedule.segments
+        ]
 
     def _function(self, segment: segments.Segment, pool: Pool) -> Callable[..., Any]:
-        key = (self.fused, segment.key)
+        compiled = self._compiles(segment)
+        key = (compiled, segment.key)
         if key not in pool.functions:
             made = segments.function(segment, self.calls)
-            pool.functions[key] = mx.compile(made) if self.fused else made
+            pool.functions[key] = mx.compile(made) if compiled else made
         return pool.functions[key]
+
+    def _compiles(self, segment: segments.Segment) -> bool:
+        return self.fused and not segment.dynamic
 
     def __call__(self, inputs: Mapping[str, Any], *, observe: Observer | None = None) -> dict[str, mx.array]:
         bound = {name: inputs[name] if name in self._host_names else _array(inputs[name]) for name in self.graph.inputs}
@@ -88,8 +95,7 @@ class MlxProgram(Program):
             slots[index] = bound[name]
         last = len(self._functions) - 1
         for number, (segment, function) in enumerate(zip(self.schedule.segments, self._functions, strict=True)):
-            sites = [mx.array(site, dtype=mx.uint32) if self.fused else site for site in segment.sites]
-            made = list(function(sites, *(slots[index] for index in segment.ins)))
+            made = list(function(self._sites[number], *(slots[index] for index in segment.ins)))
             for source, place in segment.donated:
                 slots[source][:] = made[place]
                 made[place] = slots[source]
@@ -97,7 +103,7 @@ class MlxProgram(Program):
                 slots[index] = None
             for index, value in zip(segment.outs, made, strict=True):
                 slots[index] = value
-            if number < last:
+            if number < last and self.bounded:
                 mx.async_eval(made)
             del made
         outputs = {name: slots[index] for name, index in self._outputs.items()}

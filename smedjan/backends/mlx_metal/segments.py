@@ -8,7 +8,7 @@ compiled once; and, inside blocks, where what is made on top of what is alive wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -38,6 +38,8 @@ class Segment:
     """(slot of an input of the program, place in `outs` of what replaces it)"""
     key: Hashable
     sites: tuple[int, ...]
+    dynamic: bool
+    """Whether a host integer decides shapes in it: it is not compiled, which each value would trace anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +180,8 @@ def schedule(
     cut: bool = True,
 ) -> Schedule:
     """`told`: what some nodes take besides their results, where a rule says so itself and is not traced. `cut` False:
-    one segment, whatever it needs."""
+    as few segments as there can be, whatever they need."""
+    apart = dynamic(graph, calls)
     moves = _Buffers(graph, calls, fused, told).moves()
     inputs = alive = sum(tensor.nbytes for tensor in graph.inputs.values())
     before, peak = [], alive
@@ -187,13 +190,13 @@ def schedule(
         peak = max(peak, alive + move.extra)
         alive += move.made - move.freed
     target = peak + (peak - inputs) // SLACK
-    blocks = list(_blocks(calls)) if cut else [(0, len(calls))]
+    blocks = list(_runs(calls, _scope if cut else lambda node: fused and node in apart))
     keys = [_key(graph, calls, moves, *block) for block in blocks]
     room: dict[Hashable, int] = {}
     for key, (first, _) in zip(keys, blocks, strict=True):
         room[key] = min(room.get(key, target), target - before[first])
     segments, most = [], peak
-    describe = _Describe(graph, calls, slots)
+    describe = _Describe(graph, calls, slots, apart)
     for key, (first, last) in zip(keys, blocks, strict=True):
         for start, stop in _cut(moves, before, first, last, room[key]) if cut else [(first, last)]:
             segments.append(describe(start, stop))
@@ -204,20 +207,36 @@ def schedule(
     return Schedule(tuple(segments), most, largest, inputs, extra)
 
 
-def _blocks(calls: Sequence[Call]) -> Iterator[tuple[int, int]]:
-    """Runs of calls of one layer, forward or backward, and of calls of none."""
-    first, scope = 0, None
+def dynamic(graph: Graph, calls: Sequence[Call]) -> set[Node]:
+    """The nodes whose shapes hang on a host integer: those over a cache's values and a mask of them, up to attention,
+    whose results are as long as its queries."""
+    if not any(call.node.op.name in HOST_INPUTS for call in calls):
+        return set()
+    found: set[Node] = set()
+    tensors: set[Tensor] = {tensor for name, tensor in graph.inputs.items() if name == "attention_mask"}
+    for call in calls:
+        node = call.node
+        if node.op.name in HOST_INPUTS or any(tensor in tensors for tensor in node.inputs):
+            found.add(node)
+            if node.op.name not in ("attention", "sdpa"):
+                tensors.update(node.outputs)
+    return found
+
+
+def _runs(calls: Sequence[Call], of: Callable[[Node], Any]) -> Iterator[tuple[int, int]]:
+    """Calls one behind another of which `of` says the same."""
+    first, found = 0, None
     for position, call in enumerate(calls):
-        found = _scope(call.node)
-        if position and found != scope:
+        last, found = found, of(call.node)
+        if position and found != last:
             yield first, position
             first = position
-        scope = found
     if calls:
         yield first, len(calls)
 
 
 def _scope(node: Node) -> tuple[str, ...]:
+    """A layer, forward or backward, or none."""
     parts = node.scope.split(".")
     layer = (parts[0], parts[1]) if parts[0] == "layers" and len(parts) > 1 else ()
     return (*layer, "backward") if "backward" in parts else layer
@@ -247,8 +266,8 @@ def _cut(moves: Sequence[_Move], before: Sequence[int], first: int, last: int, r
 class _Describe:
     """Segments from ranges of calls."""
 
-    def __init__(self, graph: Graph, calls: Sequence[Call], slots: dict[Tensor, int]) -> None:
-        self.calls = calls
+    def __init__(self, graph: Graph, calls: Sequence[Call], slots: dict[Tensor, int], apart: Set[Node]) -> None:
+        self.calls, self.apart = calls, apart
         self.names = {slots[tensor] for tensor in graph.inputs.values()}
         self.kept = {slots[tensor] for tensor in graph.outputs.values()}
         self.last: dict[int, int] = {}
@@ -281,7 +300,8 @@ class _Describe:
             tuple(place[slot] for slot in outs),
         )
         sites = tuple(call.node.attrs["site"] for call in calls if "site" in call.node.attrs)
-        return Segment(first, last, ins, outs, frees, donated, key, sites)
+        hangs = any(call.node in self.apart for call in calls)
+        return Segment(first, last, ins, outs, frees, donated, key, sites, hangs)
 
 
 def function(segment: Segment, calls: Sequence[Call]) -> Callable[..., tuple[Any, ...]]:
