@@ -30,6 +30,9 @@ from typing import Any
 
 from mac_shapes import SHAPES, TINY, Shape, write
 
+SIDES = ("smedjan", "mlx-lm", "mlx-lm, checkpointed")
+"""The third is mlx-lm's training with --grad-checkpoint."""
+
 ALL = {**SHAPES, **TINY}
 TRAIN, GENERATE = "LoRA step", "generate"
 COLUMNS = {"tokens_per_s": "LoRA", "prefill_tokens_per_s": "prefill", "decode_tokens_per_s": "decode"}
@@ -162,14 +165,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6, help="timed steps of a turn")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=SIDES)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
         worker(given)
         return
-    from mac_sides import SIDES
-
     about = machine()
     if not about["metal"] and set(given.shape) - set(TINY):
         raise SystemExit("MLX has no Metal here: this bench is for Macs with Apple silicon (--shape tiny tests it)")
@@ -182,7 +184,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / name
             write(ALL[name], folder)
-            for work, sides in ((TRAIN, SIDES), (GENERATE, SIDES[:2])):
+            for work, able in ((TRAIN, SIDES), (GENERATE, SIDES[:2])):
+                sides = [side for side in able if side in given.sides]
                 results.append(measure(name, work, sides, folder, given.rounds, given.steps))
                 print(f"{name}: {work} done", file=sys.stderr)
     shown = table(results, left_out)

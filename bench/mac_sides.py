@@ -20,9 +20,6 @@ import numpy as np
 from mac_shapes import Shape
 
 RANK, ALPHA, RATE = 16, 32.0, 1e-4
-SIDES = ("smedjan", "mlx-lm", "mlx-lm, checkpointed")
-"""The third is mlx-lm's with --grad-checkpoint; it trains alone."""
-
 WARM = 2
 """Steps, and whole generations, before what is timed: they hold traces, compilation and the first touch of memory."""
 
@@ -114,7 +111,8 @@ def _smedjan_step(folder: Path) -> Step:
             # What finetune tells the device of a run.
             form = session.form(batch, rows=batch.trained_tokens)
             program = session.micro_program(form, trainer.names)
-            held.append(device.holding(planned_bytes(trainer, program, forms=Forms(lengths=1, rows=1))))
+            planned = planned_bytes(trainer, program, forms=Forms(lengths=1, rows=1))
+            held.append(device.holding(planned, remedy="leave the shape out"))
             held[0].__enter__()
         return trainer.step([batch], number=count, lr=RATE)[0]
 

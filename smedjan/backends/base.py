@@ -138,9 +138,9 @@ class Backend(ABC):
         """Bytes that a run may take of the device from now on; None: unknown."""
         return available_bytes()
 
-    def holding(self, planned: int) -> AbstractContextManager[None]:
+    def holding(self, planned: int, *, remedy: str) -> AbstractContextManager[None]:
         """While a run of so many planned bytes lasts: what the device is told of them, and taken back behind it. A run
-        that the device cannot hold is a BackendError."""
+        that the device cannot hold is a BackendError with this remedy."""
         return nullcontext()
 
     def peak_memory(self) -> int:

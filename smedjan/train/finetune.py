@@ -115,7 +115,8 @@ def _finetune(
     head = header(parts, trainer, meter, start)
     if said := warning(head["memory"]["planned_bytes"], meter.available_bytes):
         say(said)
-    held.enter_context(parts.backend.holding(head["memory"]["planned_bytes"]))
+    planned = head["memory"]["planned_bytes"]
+    held.enter_context(parts.backend.holding(planned, remedy="--dry-run says with which flags it fits"))
     group.exchange()  # none writes, be it a lock, before all have looked at what is there
     if lock is not None:
         lock.acquire()

@@ -99,8 +99,8 @@ class MlxBackend(Backend):
 
         return make
 
-    def holding(self, planned: int) -> AbstractContextManager[None]:
-        return limits.holding(planned) if self.device == "metal" else nullcontext()
+    def holding(self, planned: int, *, remedy: str) -> AbstractContextManager[None]:
+        return limits.holding(planned, remedy=remedy) if self.device == "metal" else nullcontext()
 
     def memory_available(self) -> int | None:
         """On Metal, what the GPU can hold without slowing down, less what MLX has there already."""

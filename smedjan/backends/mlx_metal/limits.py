@@ -31,7 +31,7 @@ class Limits:
     wired: int | None
 
 
-def limits_of(planned: int, *, working_set: int, macos: tuple[int, ...]) -> Limits:
+def limits_of(planned: int, *, working_set: int, macos: tuple[int, ...], remedy: str) -> Limits:
     """For a run of `planned` bytes on a GPU that holds `working_set` ones without slowing down.
 
     planned <= working_set, or BackendError. memory = working_set: MLX's own is 1.5 times that, into the swap. cache =
@@ -39,9 +39,9 @@ def limits_of(planned: int, *, working_set: int, macos: tuple[int, ...]) -> Limi
     """
     if planned > working_set:
         raise BackendError(
-            f"the run needs {format_size(planned)}, and this Mac's GPU holds {format_size(working_set)}: it would swap",
+            f"{format_size(planned)} are needed, and this Mac's GPU holds {format_size(working_set)}: it would swap",
             field="memory",
-            remedy="--dry-run says with which flags it fits",
+            remedy=remedy,
         )
     wired = planned if macos[:1] >= (WIRED_FROM,) else None
     return Limits(memory=working_set, cache=working_set - planned, wired=wired)
@@ -57,9 +57,9 @@ def macos() -> tuple[int, ...]:
 
 
 @contextmanager
-def holding(planned: int) -> Iterator[None]:
+def holding(planned: int, *, remedy: str) -> Iterator[None]:
     """MLX's limits for a run of `planned` bytes, and the former ones behind it."""
-    with applied(limits_of(planned, working_set=working_set(), macos=macos())):
+    with applied(limits_of(planned, working_set=working_set(), macos=macos(), remedy=remedy)):
         yield
 
 

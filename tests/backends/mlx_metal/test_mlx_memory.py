@@ -286,13 +286,13 @@ def test_decoding_is_compiled_but_for_what_a_cache_decides():
     ],
 )
 def test_what_a_mac_is_told(planned, macos, expected):
-    assert limits_of(planned, working_set=11 * GB, macos=macos) == expected
+    assert limits_of(planned, working_set=11 * GB, macos=macos, remedy="") == expected
 
 
 def test_what_would_swap_is_refused_with_a_remedy():
-    with pytest.raises(BackendError, match=r"needs 12 GB, and this Mac's GPU holds 11 GB") as error:
-        limits_of(12 * GB, working_set=11 * GB, macos=(15, 0))
-    assert (error.value.field, error.value.remedy) == ("memory", "--dry-run says with which flags it fits")
+    with pytest.raises(BackendError, match=r"12 GB are needed, and this Mac's GPU holds 11 GB") as error:
+        limits_of(12 * GB, working_set=11 * GB, macos=(15, 0), remedy="train shorter rows")
+    assert (error.value.field, error.value.remedy) == ("memory", "train shorter rows")
 
 
 def test_limits_are_taken_back():
