@@ -33,6 +33,9 @@ ELEMENTWISE = UNARY | BINARY
 IN_PLACE = ELEMENTWISE | {"Softmax", "SliceUpdate", "Scatter", "RMSNorm", "LayerNorm", "Copy"}
 """Primitives whose result can take the place of an input that dies."""
 
+DEPTH = 11
+"""Primitives one behind another that MLX makes one kernel of (`max_compile_depth`)."""
+
 SPARE = 1 << 14
 """Bytes by which a buffer may be too large for what takes its place (`donation_extra`)."""
 
@@ -87,6 +90,8 @@ class _Buffer:
     readers: int = 0
     reads: int = 0
     kept: bool = False
+    holds: list[_Buffer] = field(default_factory=list)
+    """Of a value that is never in memory: what the kernel that it is a part of reads."""
 
 
 @dataclass(slots=True)
@@ -147,7 +152,12 @@ def trace(run: Callable[..., Any], given: Sequence[Given | None], wanted: Sequen
         elif kind in told:
             told[kind] = event[kind]
 
-    mx.export_function(hear, function, *arrays)
+    try:
+        mx.export_function(hear, function, *arrays)
+    except ValueError as error:
+        if "Unable to" not in str(error):
+            raise
+        return _untold(there, run, given, wanted)
     primitives = [
         _Primitive(
             each["name"],
@@ -164,6 +174,23 @@ def trace(run: Callable[..., Any], given: Sequence[Given | None], wanted: Sequen
     left = iter(found.results)
     results = tuple(Result(None, (), 0, there=False) if index in absent else next(left) for index in wanted)
     return Footprint(found.extra, found.largest, results)
+
+
+def _untold(
+    there: Sequence[Given], run: Callable[..., Any], given: Sequence[Given | None], wanted: Sequence[int]
+) -> Footprint:
+    """Of a rule with a primitive that MLX does not export: its results, and float32 copies of all that it reads."""
+    left = iter([mx.zeros(each.spec.shape, dtype=DTYPES[each.spec.dtype]) for each in there])
+    made = run(*(None if each is None else next(left) for each in given))
+    made = made if isinstance(made, tuple) else (made,)
+    results = tuple(
+        Result(None, (), 0, there=False)
+        if made[index] is None
+        else Result(None, row_major(made[index].shape), made[index].nbytes)
+        for index in wanted
+    )
+    sizes = [4 * each.spec.numel for each in there] + [result.nbytes for result in results]
+    return Footprint(sum(sizes), max(sizes, default=0), results)
 
 
 WIDTH = 20
@@ -236,11 +263,16 @@ class _Replay:
         self.unmade = self._fused_away() if fused else set()
 
     def _fused_away(self) -> set[str]:
-        """Results of elementwise primitives that elementwise ones alone read."""
+        """Results of elementwise primitives that elementwise ones alone read, in chains no longer than MLX fuses."""
         elementwise = ELEMENTWISE | {"Broadcast"}
-        read_by_others = {name for each in self.primitives if each.name not in elementwise for name in each.inputs}
-        made = {out[0] for each in self.primitives if each.name in elementwise for out in each.outputs}
-        return made - read_by_others - set(self.outputs)
+        needed = {name for each in self.primitives if each.name not in elementwise for name in each.inputs}
+        needed.update(self.outputs)
+        depth: dict[str, int] = {}
+        for each in self.primitives:
+            if each.name in elementwise:
+                below = 1 + max((depth.get(name, 0) for name in each.inputs), default=0)
+                depth.update((name, below) for name, *_ in each.outputs if name not in needed and below < DEPTH)
+        return set(depth)
 
     def run(self) -> Footprint:
         for name in self.outputs:
@@ -290,14 +322,19 @@ class _Replay:
     def _free(self, buffer: _Buffer) -> None:
         self.alive -= buffer.nbytes
         buffer.nbytes = 0
+        held, buffer.holds = buffer.holds, []
+        for each in held:
+            self._read(each)
 
     def _made(
         self, primitive: _Primitive, ins: list[_Value], name: str, shape: tuple[int, ...], itemsize: int
     ) -> _Value:
         nbytes = prod(shape) * itemsize
         if name in self.unmade:
-            # What it is made of stays until the last of the kernel that it becomes a part of.
-            return _Value(shape, itemsize, row_major(shape), _Buffer(0, True))
+            held = list({id(value.buffer): value.buffer for value in ins}.values())
+            for buffer in held:
+                buffer.readers += 1
+            return _Value(shape, itemsize, row_major(shape), _Buffer(0, True, holds=held))
         if primitive.name in IN_PLACE:
             for value in ins:
                 buffer = value.buffer
