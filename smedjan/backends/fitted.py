@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 from smedjan.errors import BackendError
 from smedjan.graph.node import Graph
 from smedjan.graph.program import Program
-from smedjan.graph.recompute import Decision, fit, tiers
+from smedjan.graph.recompute import fit, tiers
 
 P = TypeVar("P", bound=Program)
 
-Make = Callable[[Graph, Sequence[Decision]], P]
-"""A backend's program of a graph, in which so much was given up. Its `peak_bytes` are what is planned by."""
+Make = Callable[[Graph], P]
+"""A backend's program of a graph. Its `peak_bytes` are what is planned by."""
 
 
 def program(graph: Graph, memory: int | None, make: Make[P], *, offload: bool) -> P:
     """`offload`: the device's memory is not the host's, where kept values can wait."""
     if memory is None:
-        return make(graph, ())
-    fitted, decisions = fit(graph, budget=memory, peak=lambda graph: make(graph, ()).peak_bytes, offload=offload)
-    made = make(fitted, decisions)
+        return make(graph)
+    tried: dict[int, P] = {}
+
+    def peak(graph: Graph) -> int:
+        tried[id(graph)] = made = make(graph)
+        return made.peak_bytes
+
+    fitted, decisions = fit(graph, budget=memory, peak=peak, offload=offload)
+    # `tried` keeps its graphs: no other one has an id of theirs.
+    made = tried[id(fitted)] if id(fitted) in tried else make(fitted)
+    made.decisions = decisions
     if decisions and made.peak_bytes > memory:
         done = "recomputed and offloaded" if offload else "recomputed"
         raise BackendError(
@@ -36,7 +44,7 @@ def smallest(graph: Graph, memory: int | None, make: Make[P], *, offload: bool) 
     """What gives up the fewest tiers and fits, or the program that needs least."""
     best = None
     for each in tiers(graph, offload=offload):
-        made = make(each, ())
+        made = make(each)
         if memory is None or made.peak_bytes <= memory:
             return made
         if best is None or made.peak_bytes < best.peak_bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -38,7 +38,7 @@ from smedjan.backends.mlx_metal.table import RULES
 from smedjan.checkpoint.raw import RawTensor
 from smedjan.graph.node import Graph
 from smedjan.graph.program import Program
-from smedjan.graph.recompute import Decision, narrow
+from smedjan.graph.recompute import narrow
 
 
 class MlxBackend(Backend):
@@ -94,10 +94,7 @@ class MlxBackend(Backend):
         return fitted.smallest(narrow(graph), pool.memory, self._maker(pool), offload=False)
 
     def _maker(self, pool: Pool) -> fitted.Make[MlxProgram]:
-        def make(graph: Graph, decisions: Sequence[Decision]) -> MlxProgram:
-            return MlxProgram(graph, self.rules, fuse=self.compiled, pool=pool, decisions=decisions)
-
-        return make
+        return lambda graph: MlxProgram(graph, self.rules, fuse=self.compiled, pool=pool)
 
     def holding(self, planned: int, *, remedy: str) -> AbstractContextManager[None]:
         return limits.holding(planned, remedy=remedy) if self.device == "metal" else nullcontext()

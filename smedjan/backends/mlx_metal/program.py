@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,6 @@ from smedjan.backends.mlx_metal.cache import HOST_INPUTS
 from smedjan.graph.lowering import RuleTable
 from smedjan.graph.node import Graph
 from smedjan.graph.program import Observer, Program
-from smedjan.graph.recompute import Decision
 
 RUN_AHEAD = 32 << 20
 """Bytes that are worth no wait: MLX may always allocate so many before what runs is done."""
@@ -42,11 +41,9 @@ class MlxProgram(Program):
         *,
         fuse: bool,
         pool: Pool | None = None,
-        decisions: Sequence[Decision] = (),
         cut: bool = True,
     ) -> None:
         super().__init__(graph, rules)
-        self.decisions = tuple(decisions)
         hosts = {
             call.node.inputs[HOST_INPUTS[call.node.op.name]] for call in self.calls if call.node.op.name in HOST_INPUTS
         }
@@ -126,9 +123,6 @@ class MlxProgram(Program):
     @property
     def peak_bytes(self) -> int:
         return self.schedule.peak
-
-    def memory(self) -> list[dict[str, Any]]:
-        return [{"what": each.what, "of": each.of, "bytes": each.bytes} for each in self.decisions]
 
 
 def _array(value: Any) -> mx.array:

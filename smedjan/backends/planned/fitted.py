@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from smedjan.backends import fitted
 from smedjan.backends.planned.pool import Pool
 from smedjan.backends.planned.program import PlannedProgram
 from smedjan.backends.planned.table import PlannedRules
 from smedjan.graph.node import Graph
-from smedjan.graph.recompute import Decision
 
 
 def program(graph: Graph, rules: PlannedRules, pool: Pool, *, offload: bool) -> PlannedProgram:
     """`offload`: the device's memory is not the host's, where kept values can wait."""
-    return fitted.program(graph, pool.memory, _maker(rules, pool), offload=offload)
+    return fitted.program(graph, pool.memory, lambda graph: PlannedProgram(graph, rules, pool), offload=offload)
 
 
 def smallest(graph: Graph, rules: PlannedRules, pool: Pool, *, offload: bool) -> PlannedProgram:
     """What gives up the fewest tiers and fits, or the program that needs least."""
-    return fitted.smallest(graph, pool.memory, _maker(rules, pool), offload=offload)
-
-
-def _maker(rules: PlannedRules, pool: Pool) -> fitted.Make[PlannedProgram]:
-    def make(graph: Graph, decisions: Sequence[Decision]) -> PlannedProgram:
-        return PlannedProgram(graph, rules, pool, decisions)
-
-    return make
+    return fitted.smallest(graph, pool.memory, lambda graph: PlannedProgram(graph, rules, pool), offload=offload)
