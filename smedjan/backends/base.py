@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -136,6 +137,11 @@ class Backend(ABC):
     def memory_available(self) -> int | None:
         """Bytes that a run may take of the device from now on; None: unknown."""
         return available_bytes()
+
+    def holding(self, planned: int, *, remedy: str) -> AbstractContextManager[None]:
+        """While a run of so many planned bytes lasts: what the device is told of them, and taken back behind it. A run
+        that the device cannot hold is a BackendError with this remedy."""
+        return nullcontext()
 
     def peak_memory(self) -> int:
         """Peak resident or device bytes since `reset_peak_memory`, or of the process where that cannot be reset."""

@@ -38,14 +38,15 @@ def generate(
     cache = Cache(session, batch=1, capacity=-(-wanted // CAPACITY_STEP) * CAPACITY_STEP)
     fresh = list(seen)
     restart = session.config.restart_after
-    for step in range(max_new_tokens):
-        if restart is not None and cache.length <= restart < len(seen):
-            cache, fresh = Cache(session, batch=1, capacity=cache.capacity), list(seen)
-        raw = session.backend.to_raw(cache.feed(np.asarray([fresh]), last=True))
-        logits = to_float32(raw).reshape(-1, raw.shape[-1])[-1]
-        token = choose(logits, seen, sampling, step)
-        seen.append(token)
-        yield token
-        if token in stop:
-            return
-        fresh = [token]
+    with session.backend.holding(cache.held_bytes, remedy="a base of 4 bits needs less: smedjan export --to mlx"):
+        for step in range(max_new_tokens):
+            if restart is not None and cache.length <= restart < len(seen):
+                cache, fresh = Cache(session, batch=1, capacity=cache.capacity), list(seen)
+            raw = session.backend.to_raw(cache.feed(np.asarray([fresh]), last=True))
+            logits = to_float32(raw).reshape(-1, raw.shape[-1])[-1]
+            token = choose(logits, seen, sampling, step)
+            seen.append(token)
+            yield token
+            if token in stop:
+                return
+            fresh = [token]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -14,6 +14,7 @@ from smedjan.graph.liveness import check_donations, last_uses, peak_bytes
 from smedjan.graph.lowering import RuleTable
 from smedjan.graph.node import INPUT, Graph, Node
 from smedjan.graph.op import Cost
+from smedjan.graph.recompute import Decision
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Program:
 
     def __init__(self, graph: Graph, rules: RuleTable) -> None:
         self.graph = graph
+        self.decisions: Sequence[Decision] = ()
         self.backend = rules.name
         nodes = [node for node in graph.live_nodes() if node.op is not INPUT]
         check_donations(nodes)
@@ -107,7 +109,7 @@ class Program:
 
     def memory(self) -> list[dict[str, Any]]:
         """What is not kept from the forward to the backward pass for want of memory: `[{what, of, bytes}]`."""
-        return []
+        return [{"what": each.what, "of": each.of, "bytes": each.bytes} for each in self.decisions]
 
     def launches(self) -> Counter[str]:
         """How often a run starts each kernel or library call, by name; empty where a backend does not plan them."""

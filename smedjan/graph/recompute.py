@@ -89,6 +89,21 @@ def again(graph: Graph, ops: Collection[str]) -> Graph:
     return step.changed(chosen) if chosen else graph
 
 
+def narrow(graph: Graph) -> Graph:
+    """The graph that keeps values as they were before they were widened, and widens them once more: in QLoRA an
+    adapter's float32 input is twice the bfloat16 one, which may be cheap to make again besides."""
+    if not any(_is_backward(node) for node in graph.nodes):
+        return graph
+    step = _Step(graph)
+    chosen = [root for root in step.held if root.node.op.name == "_cast" and _widens(root)]
+    return step.changed(chosen) if chosen else graph
+
+
+def _widens(cast: Tensor) -> bool:
+    source = cast.node.inputs[0]
+    return source is not None and source.nbytes < cast.nbytes
+
+
 def tiers(graph: Graph, *, offload: bool = True) -> Iterator[Graph]:
     """The graph as it is, and with each tier given up as a whole on top of those before it."""
     yield graph

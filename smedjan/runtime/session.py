@@ -17,6 +17,7 @@ from smedjan.graph.no_gc import no_gc
 from smedjan.graph.node import Graph
 from smedjan.graph.program import Program
 from smedjan.graph.rewrite import cse, decompose, distinct_outputs, prune
+from smedjan.graph.tensor import Spec
 from smedjan.models.decoder import Decoder, Form
 from smedjan.models.decoder_config import DecoderConfig
 from smedjan.ops.loss import GRADIENTS_IN_FORWARD
@@ -316,6 +317,14 @@ class Cache:
             for layer in range(config.num_hidden_layers)
             for kind in "kv"
         }
+
+    @property
+    def held_bytes(self) -> int:
+        """What each token reads: the weights as they are held, and the caches."""
+        config = self.session.config
+        size = self.batch * config.num_key_value_heads * self.capacity * config.head_dim
+        caches = Spec((2 * config.num_hidden_layers, size), self.session.dtype)
+        return caches.nbytes + sum(Spec(*each).nbytes for each in self.session.specs().values())
 
     def feed(
         self, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, *, last: bool = False

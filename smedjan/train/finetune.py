@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,11 +78,11 @@ def finetune(
     assert config.out is not None, "a dry run is `plan`"
     with going_on(config.resume):
         backend = select_backend(config.backend)
-    with together(backend) as group:
+    with together(backend) as group, ExitStack() as held:
         if group.rank != 0:
-            return _finetune(config, config.out, group, None, None, lambda line: None)
+            return _finetune(config, config.out, group, None, None, lambda line: None, held)
         with RunLock(config.out) as lock, tracked(config.train.track, config.out, on_step) as listener:
-            return _finetune(config, config.out, group, lock, listener, say)
+            return _finetune(config, config.out, group, lock, listener, say, held)
 
 
 def _finetune(
@@ -91,6 +92,7 @@ def _finetune(
     lock: RunLock | None,
     on_step: Callable[[Event], None] | None,
     say: Say,
+    held: ExitStack,
 ) -> Run:
     found = load_checkpoint(out) if out.exists() else None
     if found is not None and config.resume:
@@ -113,6 +115,8 @@ def _finetune(
     head = header(parts, trainer, meter, start)
     if said := warning(head["memory"]["planned_bytes"], meter.available_bytes):
         say(said)
+    planned = head["memory"]["planned_bytes"]
+    held.enter_context(parts.backend.holding(planned, remedy="--dry-run says with which flags it fits"))
     group.exchange()  # none writes, be it a lock, before all have looked at what is there
     if lock is not None:
         lock.acquire()

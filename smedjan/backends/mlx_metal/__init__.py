@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import mlx.core as mx
 
+from smedjan.backends import fitted
 from smedjan.backends.base import Backend
 from smedjan.backends.collective import Collective
 from smedjan.backends.mlx_metal import (  # noqa: F401  (each fills RULES)
@@ -17,6 +19,7 @@ from smedjan.backends.mlx_metal import (  # noqa: F401  (each fills RULES)
     elementwise,
     embedding,
     glu,
+    limits,
     linear,
     lora,
     loss,
@@ -29,44 +32,14 @@ from smedjan.backends.mlx_metal import (  # noqa: F401  (each fills RULES)
 from smedjan.backends.mlx_metal import (
     shape as shape_rules,  # noqa: F401
 )
-from smedjan.backends.mlx_metal.cache import HOST_INPUTS
 from smedjan.backends.mlx_metal.elementwise import DTYPES, NAMES
+from smedjan.backends.mlx_metal.program import MlxProgram, Pool
 from smedjan.backends.mlx_metal.table import RULES
 from smedjan.checkpoint.raw import RawTensor
-from smedjan.graph.lowering import RuleTable
 from smedjan.graph.node import Graph
-from smedjan.graph.program import Observer, Program
+from smedjan.graph.program import Program
+from smedjan.graph.recompute import narrow
 from smedjan.passes.fuse import fuse
-
-
-class MlxProgram(Program):
-    """With `fuse`, compiled unless a host integer decides shapes (a cache's start, end): each value would retrace."""
-
-    def __init__(self, graph: Graph, rules: RuleTable, *, fuse: bool) -> None:
-        super().__init__(graph, rules)
-        hosts = {
-            call.node.inputs[HOST_INPUTS[call.node.op.name]] for call in self.calls if call.node.op.name in HOST_INPUTS
-        }
-        self._host_names = {name for name, tensor in graph.inputs.items() if tensor in hosts}
-        self._compiled = mx.compile(super().__call__) if fuse and not hosts else None
-
-    def __call__(self, inputs: Mapping[str, Any], *, observe: Observer | None = None) -> dict[str, mx.array]:
-        bound = {name: inputs[name] if name in self._host_names else _array(inputs[name]) for name in self.graph.inputs}
-        if observe is not None or self._compiled is None:
-            made = super().__call__(bound, observe=observe)
-        else:
-            made = self._compiled(bound)
-        mx.eval(made)
-        return made
-
-
-def _array(value: Any) -> mx.array:
-    """A learning rate, step or seed as an array: as a Python number it would be a constant of the compiled program."""
-    if isinstance(value, mx.array):
-        return value
-    if isinstance(value, float):
-        return mx.array(value, dtype=mx.float32)
-    return mx.array(value, dtype=mx.int32 if value < 2**31 else mx.int64)
 
 
 class MlxBackend(Backend):
@@ -74,8 +47,13 @@ class MlxBackend(Backend):
     exact = False
     rules = RULES
 
-    def __init__(self) -> None:
+    def __init__(self, *, compiled: bool | None = None) -> None:
+        """`compiled`: whether programs are (None: on Metal alone, since MLX's CPU build runs a C++ compiler, seconds
+        long, for every kernel that it fuses). They are planned as they are run."""
         self.device = "metal" if mx.metal.is_available() else "cpu"
+        # On Metal a step gives up what it must for what the GPU holds, whatever the flags say.
+        self.recomputes = self.device == "cpu"
+        self.compiled = self.device == "metal" if compiled is None else compiled
 
     def from_raw(self, raw: RawTensor) -> mx.array:
         """Bytes viewed as their dtype: numpy, which has no bfloat16, is not asked."""
@@ -105,16 +83,31 @@ class MlxBackend(Backend):
     def fuse(self, graph: Graph) -> Graph:
         return fuse(graph, lambda op: op in self.rules.ops())
 
+    def pool(self, memory: int | None = None, reserved: int = 0) -> Pool:
+        """On Metal, all that the GPU can hold without slowing down, if the run is not given less."""
+        if memory is None and self.device == "metal":
+            memory = limits.working_set()
+        return Pool(None if memory is None else max(0, memory - reserved))
+
     def program(self, graph: Graph, pool: Any = None) -> Program:
-        """Fused on Metal alone: MLX's CPU build runs a C++ compiler, seconds long, for every kernel it fuses."""
-        return MlxProgram(graph, self.rules, fuse=self.device == "metal")
+        pool = pool or Pool()
+        return fitted.program(narrow(graph), pool.memory, self._maker(pool), offload=False)
+
+    def smallest(self, graph: Graph, pool: Any = None) -> Program:
+        pool = pool or Pool()
+        return fitted.smallest(narrow(graph), pool.memory, self._maker(pool), offload=False)
+
+    def _maker(self, pool: Pool) -> fitted.Make[MlxProgram]:
+        return lambda graph: MlxProgram(graph, self.rules, fuse=self.compiled, pool=pool)
+
+    def holding(self, planned: int, *, remedy: str) -> AbstractContextManager[None]:
+        return limits.holding(planned, remedy=remedy) if self.device == "metal" else nullcontext()
 
     def memory_available(self) -> int | None:
         """On Metal, what the GPU can hold without slowing down, less what MLX has there already."""
         if self.device != "metal":
             return super().memory_available()
-        working_set = mx.device_info()["max_recommended_working_set_size"]
-        return max(0, int(working_set) - mx.get_active_memory())
+        return max(0, limits.working_set() - mx.get_active_memory())
 
     def peak_memory(self) -> int:
         """Metal shares the machine's memory: MLX's own peak where there is a GPU, else the process's."""

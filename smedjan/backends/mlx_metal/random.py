@@ -12,8 +12,9 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def word(value: int) -> mx.array:
-    return mx.array(value, dtype=mx.uint32)
+def word(value: int | mx.array) -> mx.array:
+    """A site is an array where one compiled function draws at several."""
+    return value if isinstance(value, mx.array) else mx.array(value, dtype=mx.uint32)
 
 
 def _mulhilo(constant: int, x: mx.array) -> tuple[mx.array, mx.array]:

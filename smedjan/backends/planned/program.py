@@ -9,7 +9,7 @@ second run. Inside a run nothing is allocated and nothing waits for the device.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,6 @@ from smedjan.backends.torch_reference.elementwise import DTYPES
 from smedjan.graph.no_gc import no_gc
 from smedjan.graph.node import Graph, Node
 from smedjan.graph.program import Call, Observer, Program
-from smedjan.graph.recompute import Decision
 from smedjan.graph.tensor import Tensor
 
 RESULTS = 4096
@@ -45,10 +44,10 @@ class PlannedProgram(Program):
     """`program(inputs) -> outputs`. Outputs are buffers of the pool that the next call overwrites, except for scalars
     and for what no later call is given back (logits), which are copied."""
 
-    def __init__(self, graph: Graph, rules: PlannedRules, pool: Pool, decisions: Sequence[Decision] = ()) -> None:
+    def __init__(self, graph: Graph, rules: PlannedRules, pool: Pool) -> None:
         super().__init__(graph, rules)
         self._copy = rules.copy
-        self.pool, self.decisions = pool, tuple(decisions)
+        self.pool = pool
         self._nodes = [call.node for call in self.calls]
         self._rules: list[Any] = [rules.lower(node) for node in self._nodes]
         self.plan = buffers.plan(graph, self._nodes, self._rules)
@@ -90,9 +89,6 @@ class PlannedProgram(Program):
     @property
     def arena_bytes(self) -> int:
         return self.plan.arena
-
-    def memory(self) -> list[dict[str, Any]]:
-        return [{"what": each.what, "of": each.of, "bytes": each.bytes} for each in self.decisions]
 
     # Writing launches down, on memory or without.
 
