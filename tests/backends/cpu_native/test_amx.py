@@ -211,6 +211,6 @@ def test_cross_entropy_by_chunks(build, dtype, grads, monkeypatch):
 
 
 def test_a_plan_says_which_product_runs(build):
-    for dtype, size, label in ((BF16, 8, amx.LABEL), (F32, 8, "aten mm"), (F32, 64, amx_float32.LABEL)):
-        ins = (torch.randn(64, size).to(dtype), torch.randn(72, size).to(dtype), None)
+    for dtype, size, label in ((BF16, 8, amx.LABEL), (F32, 8, "aten mm"), (F32, amx_float32.LEAST, amx_float32.LABEL)):
+        ins = (torch.randn(100, size).to(dtype), torch.randn(110, size).to(dtype), None)
         assert PLANNED.lower(node_of("linear", ins, {})).label == label
