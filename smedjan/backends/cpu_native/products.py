@@ -57,7 +57,10 @@ FLOAT32 = Maker(
     label=amx_float32.LABEL,
     product=amx_float32.product,
     takes=lambda dtypes, sizes: (
-        dtypes == {"float32"} and all(amx_float32.large(*each) for each in sizes) and amx.available()
+        dtypes == {"float32"}
+        and all(amx_float32.large(*each) for each in sizes)
+        and amx_float32.wanted()
+        and amx.available()
     ),
 )
 MAKERS = (ATEN, BFLOAT16, FLOAT32)

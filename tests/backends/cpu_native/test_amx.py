@@ -210,7 +210,11 @@ def test_cross_entropy_by_chunks(build, dtype, grads, monkeypatch):
             case.check(PLANNED, "linear_cross_entropy", dtype)
 
 
-def test_a_plan_says_which_product_runs(build):
+def test_a_plan_says_which_product_runs(build, monkeypatch):
     for dtype, size, label in ((BF16, 8, amx.LABEL), (F32, 8, "aten mm"), (F32, amx_float32.LEAST, amx_float32.LABEL)):
         ins = (torch.randn(100, size).to(dtype), torch.randn(110, size).to(dtype), None)
-        assert PLANNED.lower(node_of("linear", ins, {})).label == label
+        node = node_of("linear", ins, {})
+        assert PLANNED.lower(node).label == label
+        with monkeypatch.context() as patched:
+            patched.setenv(amx_float32.SWITCH, "0")
+            assert PLANNED.lower(node).label == (label if dtype == BF16 else "aten mm")

@@ -6,9 +6,9 @@
  *
  *     a b = ah bh + (am bh + ah bm) + (al bh + ah bl + am bm) + e,    |e| <= (2^-23 + 2^-32) |a| |b|
  *
- * since |m| <= 2^-8 |x| and |l| <= 2^-16 |x|: what is left out is below one rounding of float32's own product. Products
- * of bfloat16 are exact in float32, and so are sums rounded, as TDPBF16PS rounds them: those of 16 numbers among
- * themselves, then into the total, so that a total is rounded less often than by a loop of FMAs.
+ * since |m| <= 2^-8 |x| and |l| <= 2^-16 |x|: at most two roundings of a product in float32 are left out. Products of
+ * bfloat16 are exact in float32. TDPBF16PS rounds sums of 16 of them among themselves, then twice where they go into the
+ * total, which is rounded less often so than by a loop of FMAs: the result is nearer the truth than MKL's.
  *
  * Henry, Tang, Heinecke: Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations,
  * 2019 (arXiv 1904.06376), section 3: three terms, six products.
