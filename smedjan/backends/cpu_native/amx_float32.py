@@ -30,6 +30,9 @@ PANELS, PANELS_BYTES = 16, 1200 << 10
 """Panels of b in tiles at a time, and their bytes: they share a core's second cache, 2 MB on CPUs with AMX, with a
 block of rows and results."""
 
+SHARES = 3
+"""Of the columns, for each thread at least, so that a slow core takes fewer: a is read once for each."""
+
 OPERAND_BYTES = 8 << 20
 """Of a in tiles at a time."""
 
@@ -56,9 +59,10 @@ def product(run: Launches, a: Tensor, b: Tensor, out: Tensor, *, plus: Tensor | 
         return
     part = up(-(-depth // max(1, -(-depth // PART))), BLOCK) or BLOCK
     panel = BLOCK * part * TERMS * 2
-    group = max(1, min(PANELS, PANELS_BYTES // panel))
+    group = max(1, min(PANELS, PANELS_BYTES // panel, up(columns, BLOCK) // BLOCK // (SHARES * threads())))
     many = min(max(1, OPERAND_BYTES // panel) * BLOCK, rows)
     tiles = run.scratch((up(many, BLOCK) * part * TERMS,), torch.bfloat16)
+    taken = run.scratch((1,), torch.int64)
     room = run.scratch((threads(), group * BLOCK * part * TERMS), torch.bfloat16)
     for row in range(0, rows, many):
         here = slice(row, min(row + many, rows))
@@ -66,8 +70,8 @@ def product(run: Launches, a: Tensor, b: Tensor, out: Tensor, *, plus: Tensor | 
         for k in range(0, max(depth, 1), part):
             one, other = a[here, k : k + part], b[k : k + part]
             height, deep = one.shape
-            call(run, "split", step("amx_split", (one, tiles), (height, deep, *lies(one, depth_last=True))))
+            call(run, "split", step("amx_split", (one, tiles, taken), (height, deep, *lies(one, depth_last=True))))
             plus_pitch = 0 if more is None or more.ndim == 1 else more.stride(0)
             numbers = (height, columns, deep, *lies(other, depth_last=False), plus_pitch, made.stride(0), group)
-            call(run, "product", step("amx_float32", (tiles, other, more, made, room), numbers))
+            call(run, "product", step("amx_float32", (tiles, other, more, made, room, taken), numbers))
             more = made

@@ -152,7 +152,7 @@ static inline void put_b(bf16 *to, const float *b, int64_t pitch, int across, in
     put(places, b, pitch, across, !across, columns, depth);
 }
 
-/* arrays: a, tiles
+/* arrays: a, tiles, the count of the product's shares that are taken: none yet
  * numbers: rows, depth, pitch, whether a lies across
  *
  * Blocks of 32 rows, of each its steps of the depth, of these the terms. */
@@ -163,6 +163,8 @@ __attribute__((visibility("default"))) void smedjan_amx_split(const step *s, int
     const float *a = s->array[0];
     const int64_t blocks = (rows + BLOCK - 1) / BLOCK, steps = (depth + DEPTH - 1) / DEPTH;
     int64_t from, to;
+    if (rank == 0)
+        *(int64_t *)s->array[2] = 0;
     share(blocks * steps, 1, rank, threads, &from, &to);
     for (int64_t each = from; each < to; each++) {
         const int64_t row = each / steps * BLOCK, k = each % steps * DEPTH;
@@ -226,11 +228,12 @@ static inline void multiply(const bf16 *a, const bf16 *b, int64_t steps, float *
 
 DEFINE_WRITE(float32)
 
-/* arrays: a's tiles, b, plus, out, room
+/* arrays: a's tiles, b, plus, out, room, the count of shares that are taken
  * numbers: rows, columns, depth; pitch of b, whether it lies across; pitch of plus; of out; group
  *
  * Columns are taken in panels of 32, `group` panels at a time: their part of b is put in tiles, which stay in the
- * second cache while all blocks of a pass. `room` has for each thread the tiles of `group` panels. */
+ * second cache while blocks of a pass. `room` has for each thread the tiles of `group` panels. Threads take shares as
+ * they come to them, since AMX may be slower on one core than on another; who takes one changes no bit. */
 __attribute__((visibility("default"))) void smedjan_amx_float32(const step *s, int rank, int threads)
 {
     const int64_t *n = s->number, rows = n[0], columns = n[1], depth = n[2], pitch = n[3], plus_pitch = n[5];
@@ -241,14 +244,14 @@ __attribute__((visibility("default"))) void smedjan_amx_float32(const step *s, i
     float *out = s->array[3];
     const int64_t blocks = (rows + BLOCK - 1) / BLOCK, panels = (columns + BLOCK - 1) / BLOCK;
     const int64_t steps = (depth + DEPTH - 1) / DEPTH, size = steps * OPERAND;
-    const int across = fitting(threads, panels), down = threads / across;
-    const int64_t from = blocks * (rank / across) / down, to = blocks * (rank / across + 1) / down;
-    const int64_t first = panels * (rank % across) / across, last = panels * (rank % across + 1) / across;
+    const int64_t groups = (panels + group - 1) / group, down = threads / fitting(threads, panels);
+    int64_t *taken = s->array[5], each;
     bf16 *tiles = (bf16 *)s->array[4] + rank * group * size;
     float sums[BLOCK * BLOCK];
     tiles_begin();
-    for (int64_t panel = first; panel < last && from < to; panel += group) {
-        const int64_t count = least(group, last - panel);
+    while ((each = __atomic_fetch_add(taken, 1, __ATOMIC_RELAXED)) < groups * down) {
+        const int64_t panel = each % groups * group, count = least(group, panels - panel);
+        const int64_t from = blocks * (each / groups) / down, to = blocks * (each / groups + 1) / down;
         for (int64_t i = 0; i < count; i++) {
             const int64_t column = (panel + i) * BLOCK;
             for (int64_t k = 0; k < steps; k++)
