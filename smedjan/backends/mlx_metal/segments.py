@@ -116,7 +116,7 @@ class _Buffers:
         node = call.node
         wanted = tuple(tensor.index for tensor in node.outputs if tensor in self.read)
         if node.op.name in HOST_INPUTS:
-            (source,) = (node.inputs[0],)
+            source = node.inputs[0]
             assert source is not None
             found = Footprint(0, 0, (Result(0, row_major(source.shape), 0),) if wanted else ())
         elif node in self.told:
