@@ -17,7 +17,7 @@
  * a and b changed. A number that is not finite, or above 2^128 (1 - 2^-9), makes NaN of what it takes part in.
  */
 #define _GNU_SOURCE /* syscall */
-#include "amx_operands.h"
+#include "amx_blocks.h"
 
 #if TILES
 
